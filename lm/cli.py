@@ -1,0 +1,115 @@
+"""The command `lm`: parses, prepares the process, and calls a function of `lm.commands`."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: lm COMMAND ...
+
+  train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
+  generate MODEL        continue prompts
+  chat MODEL            continue what you type
+  evaluate MODEL        loss, perplexity, bits per character, top-1 reconstruction
+  list [FAMILY]         the families, their sizes and parameter counts; or draw one
+  data inspect          rows of a data set as text, with masks and statistics
+  tokenizer train       train a tokenizer on a text
+
+MODEL is a run directory, a Hugging Face directory, or a hub id. `lm COMMAND --help` says more.
+`lm --version` prints the version.
+"""
+COMMANDS = {
+    ("generate",): "generate",
+    ("chat",): "chat",
+    ("evaluate",): "evaluate",
+    ("list",): "list_models",
+    ("data", "inspect"): "inspect_data",
+    ("tokenizer", "train"): "train_tokenizer",
+}
+OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--platform")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status, 2 after bad input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from lm import __version__
+
+        print(f"lm {__version__}")
+        return 0
+    try:
+        if words[0] == "train":
+            return train(words[1:])
+        for name, function in COMMANDS.items():
+            if tuple(words[: len(name)]) == name:
+                return call(function, words[len(name) :], "lm " + " ".join(name))
+        raise ValueError(unknown(words))
+    except ValueError as error:
+        print(f"lm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(words: list[str]) -> int:
+    """Runs `lm train`, whose options beyond its own are fields of the experiment."""
+    wants_help = any(word in ("-h", "--help") for word in words)
+    path = words[0] if words and not words[0].startswith("-") else ""
+    if wants_help or not path:
+        from lm.commands import train_help
+
+        print(train_help(path))
+        return 0 if wants_help else 2
+    own, overrides = split_options(words[1:])
+    platform = own.pop("platform", "")
+    from lm.core.runtime import prepare
+
+    prepare(platform)
+    from lm import commands
+
+    result = commands.train(path, overrides, **own)
+    return 0 if result.stopped in ("finished", "early stopping") else 130
+
+
+def split_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Separates the options of `lm train` itself from the fields of the experiment."""
+    own, rest = {}, []
+    words = list(words)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if name not in OWN_OPTIONS:
+            rest.append(name + equals + value)
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"{name} needs a value")
+            value = words.pop(0)
+        own[name[2:].replace("-", "_")] = value
+    return own, rest
+
+
+def call(function: str, words: list[str], prog: str) -> int:
+    """Parses the arguments of a function of `lm.commands` with tyro, and calls it."""
+    if not any(word in ("-h", "--help") for word in words):
+        from lm.core.runtime import prepare
+
+        prepare()
+    import tyro
+
+    from lm import commands
+
+    tyro.cli(getattr(commands, function), args=words, prog=prog)
+    return 0
+
+
+def unknown(words: Sequence[str]) -> str:
+
+    names = ["train", *(" ".join(name) for name in COMMANDS)]
+    near = difflib.get_close_matches(" ".join(words[:2]), names, 1, cutoff=0.0)
+    return f"there is no command {' '.join(words[:2])!r}: did you mean 'lm {near[0]}'?"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""Generation: prompts in, tokens or text out; whole, or streamed as they are drawn."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.core.context import Context
+from lm.infer.decoding import (
+    CACHED,
+    KEY_TYPE,
+    RECOMPUTE,
+    Decoding,
+    Prompt,
+    Reader,
+    finish,
+    start,
+    step,
+)
+from lm.infer.rows import Rows, bucket, check, encode, encode_source, pack, width_of
+from lm.models.encdec import EncoderDecoder
+from lm.ops.sampling import Sampling
+
+Setting = float | Sequence[float]
+
+
+class Generated(NamedTuple):
+    """New tokens of each prompt.
+
+    Attributes:
+      tokens: (B, N) int32, padded; a stop token is included.
+      lengths: (B,) int32, how many of each row count.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def rows(self) -> list[list[int]]:
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths)]
+
+
+def generate_tokens(
+    model: Any,
+    params: Any,
+    prompts: Rows | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: Setting = 1.0,
+    top_k: Setting = 0,
+    top_p: Setting = 1.0,
+    min_p: Setting = 0.0,
+    repetition_penalty: Setting = 1.0,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+    keys: jax.Array | None = None,
+    source: Rows | None = None,
+    pad_id: int = 0,
+    cache: bool = True,
+    dtype: str = "float32",
+) -> Generated:
+    """Continues every prompt until it meets a stop token or has `max_new_tokens` more.
+
+    Token i of prompt b is argmax(filtered logits / temperature + Gumbel(fold_in(key_b, i))), so
+    a key's text does not depend on the rest of the batch, on padding, or on `cache`.
+
+    Args:
+      model: a causal model.
+      params: its parameters.
+      prompts: token ids, of any lengths. Of an encoder-decoder: how its outputs begin, after the
+        start token, which is put before them; None, as usual, is not at all.
+      max_new_tokens: at least 1.
+      temperature, top_k, top_p, min_p, repetition_penalty: one number, or one per prompt; see
+        `Sampling`. Temperature 0 takes the likeliest token.
+      stop_ids: tokens that end a row.
+      seed: prompt b draws with `fold_in(key(seed), b)`.
+      keys: (B,) typed PRNG keys instead of a seed, one per prompt.
+      source: token ids for the encoder of an encoder-decoder.
+      pad_id: fills the rows of the result that ended early.
+      cache: False reads the whole row again for every token: slow, for tests and for models
+        without a decoding state.
+      dtype: the compute dtype.
+
+    Returns:
+      The new tokens.
+
+    Raises:
+      ValueError: if a prompt is empty, too long, or has an id out of range; if a setting is out of
+        range; if there is a source and no encoder, or the reverse.
+    """
+    decoding, call = _begin(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        seed=seed,
+        keys=keys,
+        source=source,
+        cache=cache,
+        dtype=dtype,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    tokens, decoding = finish(
+        model, params, decoding, np.int32(max_new_tokens), call.ctx, call.reader, call.room
+    )
+    tokens, lengths = jax.device_get((tokens, decoding.lengths_B))
+    tokens = tokens[: call.count, :max_new_tokens]
+    lengths = lengths[: call.count]
+    valid = np.arange(max_new_tokens) < lengths[:, None]
+    return Generated(np.where(valid, tokens, np.int32(pad_id)), lengths)
+
+
+def stream_tokens(
+    model: Any, params: Any, prompt: Sequence[int], *, max_new_tokens: int, **options: Any
+) -> Iterator[int]:
+    """Yields the tokens of `generate_tokens` for one prompt as they are drawn.
+
+    Args:
+      prompt: token ids.
+      options: those of `generate_tokens`, with `source` one row of ids.
+    """
+    if options.get("source") is not None:
+        options["source"] = [options["source"]]
+    decoding, call = _begin(model, params, [prompt], max_new_tokens=max_new_tokens, **options)
+    for index in range(max_new_tokens):
+        # The next token is under way before this one is read, so that the device never waits.
+        token, finished = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
+        if index + 1 < max_new_tokens:
+            decoding = step(model, params, decoding, call.ctx, call.reader)
+        yield int(token[0])
+        if finished[0]:
+            return
+
+
+def generate(
+    loaded: Any,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    **options: Any,
+) -> list[str]:
+    """Returns the text that follows each prompt; the tokenizer's end token stops it.
+
+    Args:
+      loaded: has `.model`, `.params` and `.tokenizer`.
+      prompts: texts; one string counts as one prompt. They follow the tokenizer's start token, if
+        it has one. For an encoder-decoder they are what the encoder reads.
+      max_new_tokens: at most that many tokens each.
+      stop_ids: further tokens that end a text; they are not part of it.
+      options: those of `generate_tokens`.
+
+    Raises:
+      ValueError: as `generate_tokens`.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stop_ids = _stops(loaded.tokenizer, stop_ids)
+    new = generate_tokens(
+        loaded.model,
+        loaded.params,
+        **_encoded(loaded, prompts),
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        **options,
+    )
+    return [
+        loaded.tokenizer.decode([token for token in row if token not in stop_ids])
+        for row in new.rows()
+    ]
+
+
+def stream(
+    loaded: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """Yields the text of `generate` for one prompt, piece by piece; arguments as there."""
+    stop_ids = _stops(loaded.tokenizer, stop_ids)
+    rows = {name: value and value[0] for name, value in _encoded(loaded, [prompt]).items()}
+    tokens = stream_tokens(
+        loaded.model,
+        loaded.params,
+        rows.pop("prompts") or (),
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        **rows,
+        **options,
+    )
+    return pieces(loaded.tokenizer, (token for token in tokens if token not in stop_ids))
+
+
+def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+    """Yields the text of tokens as soon as it is certain; joined, it is the text of them all.
+
+    A token may hold part of a character only, which decodes to U+FFFD until the rest has come.
+    Each piece is decoded with the tokens of the piece before it, so that spaces between tokens
+    come out as in the whole, and the cost does not grow with the length of the text.
+    """
+    before: list[int] = []
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        old, new = tokenizer.decode(before), tokenizer.decode(before + pending)
+        if len(new) > len(old) and not new.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield new[len(old) :]
+            before, pending = pending, []
+    if pending:
+        rest = tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
+        if rest:
+            yield rest
+
+
+STOP_ROOM = 8  # Stop tokens are padded to a multiple of this, so that few shapes are compiled.
+
+
+class _Call(NamedTuple):
+    ctx: Context
+    reader: Reader
+    room: int
+    count: int
+
+
+def _begin(
+    model: Any,
+    params: Any,
+    prompts: Rows | None,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+    keys: jax.Array | None = None,
+    source: Rows | None = None,
+    cache: bool = True,
+    dtype: str = "float32",
+    **settings: Setting,
+) -> tuple[Decoding, _Call]:
+    """Checks and packs everything, reads the prompts and draws the first tokens."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    rows = _with_start(model, prompts, source)
+    check(rows, model, room=max_new_tokens)
+    count = bucket(len(rows))
+    if cache:
+        width, room = width_of(rows, model), bucket(max_new_tokens, least=16)
+        if model.max_length is not None:
+            room = min(room, model.max_length)
+        slots = width + room
+    else:
+        longest = max(len(row) for row in rows)
+        width = width_of([range(longest + max_new_tokens)], model)
+        room, slots = width, None
+    arrays = pack(rows, width, count, left=cache)
+    if source is not None:
+        arrays += pack(source, width_of(source, model), count)
+    ctx = Context(dtype=dtype, cache_length=slots)
+    reader = CACHED if cache else RECOMPUTE
+    decoding = start(
+        model,
+        params,
+        Prompt(*arrays),
+        _key_data(seed, keys, len(rows), count),
+        _sampling(Sampling(**settings), len(rows), count),
+        np.array([*stop_ids] + [-1] * (-len(stop_ids) % STOP_ROOM or STOP_ROOM), np.int32),
+        np.arange(count) >= len(rows),
+        ctx,
+        reader,
+    )
+    return decoding, _Call(ctx, reader, room, len(rows))
+
+
+def _with_start(model: Any, prompts: Rows | None, source: Rows | None) -> Rows:
+    """Returns what the decoder reads, after checking the source of an encoder-decoder."""
+    if not isinstance(model, EncoderDecoder):
+        if source is not None:
+            raise ValueError("this model has no encoder: give prompts, and no source")
+        return prompts or []
+    if source is None:
+        raise ValueError("this model is an encoder-decoder: give the source that it is to read")
+    check(source, model, "source")
+    prompts = [()] * len(source) if prompts is None else prompts
+    if len(prompts) != len(source):
+        raise ValueError(f"there are {len(source)} sources and {len(prompts)} prompts: give pairs")
+    return [[model.start_id, *row] for row in prompts]
+
+
+RANGES = {
+    "temperature": (lambda x: x >= 0, "0 or more"),
+    "top_k": (lambda x: x >= 0, "0 (off) or more"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "above 0, and at most 1 (off)"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 (off) to 1"),
+    "repetition_penalty": (lambda x: x > 0, "above 0, where 1 is off"),
+}
+
+
+def _sampling(sampling: Sampling, count: int, padded: int) -> Sampling:
+    """Returns the settings as arrays of one number per row, after checking them."""
+    arrays = {}
+    for name, (accepts, words) in RANGES.items():
+        setting = getattr(sampling, name)
+        values = np.asarray(setting, np.int32 if name == "top_k" else np.float32)
+        if values.ndim and values.shape != (count,):
+            raise ValueError(f"{name} has shape {values.shape}: give one number, or {count}")
+        if not np.all(accepts(values)):
+            raise ValueError(f"{name} must be {words}, not {setting}")
+        arrays[name] = np.resize(values, padded)
+    return Sampling(**arrays)
+
+
+def _key_data(seed: int, keys: jax.Array | None, count: int, padded: int) -> Any:
+    if keys is None:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2^32 - 1, not {seed}")
+        return _fold_rows(np.uint32(seed), padded)
+    if keys.shape != (count,):
+        raise ValueError(f"keys have shape {keys.shape}: give {count}, one for each prompt")
+    data = np.asarray(jax.random.key_data(keys))
+    return np.pad(data, ((0, padded - count), (0, 0)))
+
+
+@partial(jax.jit, static_argnames="count")
+def _fold_rows(seed: jax.Array, count: int) -> jax.Array:
+    key = jax.random.key(seed, impl=KEY_TYPE)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
+    return jax.random.key_data(keys)
+
+
+def _stops(tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
+    return [*stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+
+
+def _encoded(loaded: Any, texts: Sequence[str]) -> dict[str, Rows | None]:
+    if isinstance(loaded.model, EncoderDecoder):
+        return {"prompts": None, "source": [encode_source(loaded.tokenizer, t) for t in texts]}
+    return {"prompts": [encode(loaded.tokenizer, t) for t in texts], "source": None}

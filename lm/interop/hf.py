@@ -1,0 +1,144 @@
+"""Hugging Face directories, in and out: config.json, safetensors, tokenizer."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lm.data.tokenizer import load_tokenizer
+from lm.interop.loaded import Loaded
+from lm.models import params as P
+from lm.models.foreign import read_weights, write_weights
+from lm.models.zoo import family_of, family_of_config
+
+SHARD_BYTES = 5 * 10**9
+
+
+def is_directory(path: Path) -> bool:
+    """Whether `path` looks like a Hugging Face model: a config that names a `model_type`."""
+    config = path / "config.json"
+    return config.is_file() and "model_type" in _read_json(config)
+
+
+def load_directory(path: str | Path) -> Loaded:
+    """Opens a Hugging Face directory as our model, parameters (fp32, numpy) and tokenizer.
+
+    Raises:
+      ValueError: for a family or config key that is not implemented, a tensor that nothing maps,
+        is missing or has another shape, or a file that is absent or damaged.
+    """
+    path = Path(path)
+    config = _read_json(path / "config.json")
+    family = family_of_config(config)
+    model = family.read_config(config)
+    params = read_weights(
+        family.weights(model), Tensors(path), P.abstract(model), ignore=family.ignore
+    )
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(path) if has_tokenizer else None
+    return Loaded(model, jax.tree.map(np.asarray, params), tokenizer, name=str(path))
+
+
+def save_directory(loaded: Loaded, path: str | Path) -> Path:
+    """Writes a model as a Hugging Face directory that `from_pretrained` opens.
+
+    It appears whole or not at all. Over `SHARD_BYTES` the weights are split, with an index.
+
+    Raises:
+      ValueError: if no Hugging Face class computes this model, or `path` exists.
+    """
+    path = Path(path)
+    family = family_of(loaded.model)
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another directory, or remove it first")
+    config = family.write_config(loaded.model)
+    tensors = write_weights(family.weights(loaded.model), loaded.params)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        if loaded.tokenizer is not None:
+            ids = {name: getattr(loaded.tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
+            ids = {key.replace("_id", "_token_id"): v for key, v in ids.items() if v is not None}
+            config |= ids
+            _write_json(scratch / "generation_config.json", ids)
+            loaded.tokenizer.save(scratch)
+        _write_json(scratch / "config.json", config)
+        _save_tensors(tensors, scratch)
+        scratch.chmod(0o755)
+        os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a directory by name, read one at a time from one file or from shards."""
+
+    def __init__(self, path: Path):
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+            files = [path / name for name in names]
+        else:
+            files = [path / "model.safetensors"]
+        self.files = {}
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file} is missing; weights are read from safetensors files only")
+            try:
+                # Only the flax reader knows bfloat16, which numpy has no name for.
+                opened = safe_open(file, framework="flax")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged: {error}") from error
+            self.files.update(dict.fromkeys(opened.keys(), opened))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self.files[name].get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, array in tensors.items():
+        if shards[-1] and size + array.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], path / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    _write_json(path / "model.safetensors.index.json", index)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

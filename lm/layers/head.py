@@ -1,0 +1,86 @@
+"""From hidden states to logits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.core.context import Context
+from lm.core.init import ZEROS, Init, VarianceScaling
+from lm.core.part import Part
+from lm.layers.embed import Embed
+from lm.layers.mlp import ACTIVATIONS
+from lm.layers.projection import Projection, contract
+
+Array = jax.Array
+
+
+class Head(Part):
+    """logits = x kernel + bias, with weights of its own.
+
+    Attributes:
+      vocab_size: V.
+      bias: whether there is a bias.
+      kernel_init, bias_init: initializers.
+    """
+
+    vocab_size: int
+    bias: bool = False
+    kernel_init: Init = VarianceScaling()
+    bias_init: Init = ZEROS
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, embed: Embed, ctx: Context) -> Array:
+        shape = (x_BTD.shape[-1], self.vocab_size)
+        init = nn.with_logical_partitioning(self.kernel_init, ("embed", "vocab"))
+        kernel = self.param("kernel", init, shape, jnp.float32, shape[0])
+        logits_BTV = contract(x_BTD.astype(ctx.dtype), kernel.astype(ctx.dtype))
+        return add_bias(self, logits_BTV, self.bias_init, shape[0]) if self.bias else logits_BTV
+
+
+class TiedHead(Part):
+    """logits = scale * x table^T + bias, with the embedding's table (Press and Wolf, 2017).
+
+    Attributes:
+      scale: T5 has D^-0.5.
+      bias: whether there is a bias of its own.
+    """
+
+    scale: float = 1.0
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, embed: Embed, ctx: Context) -> Array:
+        logits_BTV = embed.attend(x_BTD * jnp.asarray(self.scale, x_BTD.dtype), ctx)
+        return add_bias(self, logits_BTV, ZEROS) if self.bias else logits_BTV
+
+
+class MaskedHead(Part):
+    """BERT's head: a dense layer, its activation and a norm before the tied head.
+
+    Attributes:
+      norm: applied after the activation.
+      activation: a name in `ACTIVATIONS`.
+    """
+
+    norm: nn.Module
+    activation: str = "gelu"
+    kernel_init: Init = VarianceScaling()
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, embed: Embed, ctx: Context) -> Array:
+        dense = Projection(
+            x_BTD.shape[-1:],
+            ("embed", "embed_out"),
+            bias=True,
+            kernel_init=self.kernel_init,
+            name="dense",
+        )
+        x_BTD = self.norm(ACTIVATIONS[self.activation](dense(x_BTD, ctx)))
+        return add_bias(self, embed.attend(x_BTD, ctx), ZEROS)
+
+
+def add_bias(head: nn.Module, logits_BTV: Array, init: Init, fan_in: int = 1) -> Array:
+    """Adds a bias over the vocabulary that belongs to `head`."""
+    boxed = nn.with_logical_partitioning(init, ("vocab",))
+    bias_V = head.param("bias", boxed, logits_BTV.shape[-1:], jnp.float32, fan_in)
+    return logits_BTV + bias_V.astype(logits_BTV.dtype)

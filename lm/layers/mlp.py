@@ -1,0 +1,82 @@
+"""Position-wise feed-forward layers."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from lm.core.context import Context
+from lm.core.init import ZEROS, Init, VarianceScaling
+from lm.core.part import Part
+from lm.layers.projection import Projection
+
+Array = jax.Array
+
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jax.numpy.tanh,
+}
+
+
+class MLP(Part):
+    """down(activation(up(x))).
+
+    Attributes:
+      hidden: F, the width between the two projections.
+      activation: a name in `ACTIVATIONS`; 'gelu' is the exact one, through erf.
+      bias: whether both projections have a bias.
+      kernel_init, bias_init: initializers of both.
+      down_init: initializer of the last kernel, where it differs.
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    bias: bool = True
+    kernel_init: Init = VarianceScaling()
+    bias_init: Init = ZEROS
+    down_init: Init | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, ctx: Context, state=None):
+        project = partial(Projection, bias=self.bias, bias_init=self.bias_init)
+        h_BTF = project((self.hidden,), ("embed", "mlp"), kernel_init=self.kernel_init, name="up")(
+            x_BTD, ctx
+        )
+        h_BTF = ACTIVATIONS[self.activation](h_BTF)
+        down = project(
+            x_BTD.shape[-1:],
+            ("mlp", "embed"),
+            kernel_init=self.down_init or self.kernel_init,
+            name="down",
+        )
+        return down(h_BTF, ctx), state
+
+
+class GLU(Part):
+    """down(activation(gate(x)) * up(x)) (Shazeer, 2020): SwiGLU with 'silu', GEGLU with 'gelu'.
+
+    Attributes: as of `MLP`.
+    """
+
+    hidden: int
+    activation: str = "silu"
+    bias: bool = False
+    kernel_init: Init = VarianceScaling()
+    down_init: Init | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, ctx: Context, state=None):
+        project = partial(Projection, bias=self.bias)
+        inward = partial(project, (self.hidden,), ("embed", "mlp"), kernel_init=self.kernel_init)
+        gate_BTF = ACTIVATIONS[self.activation](inward(name="gate")(x_BTD, ctx))
+        h_BTF = gate_BTF * inward(name="up")(x_BTD, ctx)
+        down = project(
+            x_BTD.shape[-1:],
+            ("mlp", "embed"),
+            kernel_init=self.down_init or self.kernel_init,
+            name="down",
+        )
+        return down(h_BTF, ctx), state

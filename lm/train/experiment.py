@@ -1,0 +1,179 @@
+"""A whole run as one value: `experiments/NAME.py` has a function that returns an `Experiment`."""
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+
+from lm.core.batch import Batch
+from lm.core.mesh import MeshShape
+from lm.train.objectives import Generative, Objective
+from lm.train.optimizer import Optimizer
+from lm.train.state import Recipe
+from lm.train.trainable import FULL, Table
+
+GENERATIVE = Generative()
+ALL_DATA = MeshShape()
+
+
+class Data(Protocol):
+    """What a run reads; `experiment.data.make()` returns one.
+
+    Attributes:
+      tokenizer: saved with the run, or None.
+      fingerprint: changes whenever the data do; a run is not resumed on other data.
+    """
+
+    tokenizer: Any
+    fingerprint: str
+
+    def train(self, batch_size: int, seed: int, start: int) -> Iterator[Batch]:
+        """Returns this process's rows of the global batches `start`, `start + 1`, ...
+
+        Global batch k is a function of the data, the seed and k alone.
+        """
+        ...
+
+    def validation(self, batch_size: int) -> Iterator[Batch]:
+        """Returns batches of held-out text, the same each time; padding fills the last one."""
+        ...
+
+
+class DataConfig(Protocol):
+    """A frozen dataclass that says what data to read."""
+
+    def make(self) -> Data: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how often.
+
+    Attributes:
+      steps: number of updates.
+      batch_size: rows of a global batch.
+      micro_batches: parts that a batch is computed in, one after the other; same result, less
+        memory, and on CPU more speed.
+      eval_every: steps between validations; 0 for none.
+      checkpoint_every: steps between checkpoints; 0 for only those at the end and at each better
+        validation loss.
+      log_every: steps between lines of metrics.jsonl.
+      keep: number of newest checkpoints that stay, beside the best.
+      patience: validations in a row without a better loss after which to stop; 0 for never.
+      dtype: compute dtype, 'float32' or 'bfloat16'.
+      remat: what the backward pass computes again, 'none', 'dots' or 'full'.
+      seed: of parameters, order of data, dropout.
+      parallel: 'jit' on a mesh, or 'pmap' over local devices.
+    """
+
+    steps: int
+    batch_size: int
+    micro_batches: int = 1
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    log_every: int = 10
+    keep: int = 2
+    patience: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+    seed: int = 0
+    parallel: str = "jit"
+
+    def __post_init__(self) -> None:
+        least = dict(steps=0, batch_size=1, micro_batches=1, eval_every=0, checkpoint_every=0)
+        for name, low in (least | dict(log_every=1, keep=1, patience=0, seed=0)).items():
+            if getattr(self, name) < low:
+                raise ValueError(f"train.{name} is {low} or more, not {getattr(self, name)}")
+        allowed = {
+            "dtype": ("float32", "bfloat16"),
+            "remat": ("none", "dots", "full"),
+            "parallel": ("jit", "pmap"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"train.{name} is one of {', '.join(values)}, not {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides what a run computes.
+
+    Attributes:
+      name: names its run directory.
+      model: a model value.
+      data: what it reads.
+      optimizer: with the learning rate.
+      train: how long and how often.
+      objective: what is minimised.
+      trainable: the table of what trains.
+      mesh: how the devices are laid out.
+      wandb: project to log to on Weights & Biases, '' for none.
+    """
+
+    name: str
+    model: nn.Module
+    data: Any
+    optimizer: Optimizer
+    train: TrainConfig
+    objective: Objective = GENERATIVE
+    trainable: Table = FULL
+    mesh: MeshShape = ALL_DATA
+    wandb: str = ""
+
+    def recipe(self) -> Recipe:
+        """Returns what the train step needs of it, with schedules as long as the run."""
+        recipe = Recipe(
+            self.model,
+            self.objective,
+            self.optimizer,
+            self.trainable,
+            self.train.micro_batches,
+            self.train.dtype,
+            self.train.remat,
+        )
+        return recipe.over(self.train.steps)
+
+
+# What may change between a run and its continuation: none of it says what is computed.
+FREE = ("mesh", "train.parallel", "train.keep", "train.log_every", "wandb")
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Returns the experiment of a file, `experiments/NAME.py` or NAME alone.
+
+    Raises:
+      ValueError: if there is no such file, or it has no `experiment()` that returns one.
+    """
+    file = find_experiment(path)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, "experiment", None)
+    if not inspect.isfunction(make):
+        raise ValueError(f"{file} has no function experiment() that returns an Experiment")
+    experiment = make()
+    if not isinstance(experiment, Experiment):
+        raise ValueError(
+            f"experiment() of {file} returns a {type(experiment).__name__}, not an Experiment"
+        )
+    return experiment
+
+
+def find_experiment(path: str | Path) -> Path:
+    """Returns the file of an experiment; ValueError with the nearest name there is."""
+    for file in (Path(path), Path("experiments") / f"{path}.py"):
+        if file.suffix == ".py" and file.is_file():
+            return file
+    folder = Path(path).parent if Path(path).suffix == ".py" else Path("experiments")
+    names = sorted(file.stem for file in folder.glob("*.py"))
+    near = difflib.get_close_matches(Path(path).stem, names, 1, cutoff=0.0)
+    hint = f"did you mean {folder / near[0]}.py?" if near else f"{folder} has none"
+    raise ValueError(f"there is no experiment {str(path)!r}: {hint}")

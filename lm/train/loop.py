@@ -1,0 +1,228 @@
+"""The training loop: steps, validation, checkpoints, and going on where a run stopped.
+
+Step n is dispatched before the metrics of step n - 1 are read; otherwise the loop waits for the
+device only to validate and to save.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lm.train.experiment import Experiment
+from lm.train.metrics import MetricsLog, Record, plot_curves, read_metrics
+from lm.train.progress import Progress, Signals, Stopwatch
+from lm.train.run import Run, means
+
+Echo = Callable[[str], None]
+
+
+class TrainingError(ValueError):
+    """A run that cannot go on; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      run_dir: where everything lies.
+      step: number of updates made.
+      stopped: 'finished', 'early stopping', or the name of the signal that stopped it.
+      best_step, best_loss: of the smallest validation loss, or None.
+      last: the last line of metrics.jsonl.
+    """
+
+    run_dir: Path
+    step: int
+    stopped: str
+    best_step: int | None
+    best_loss: float | None
+    last: Record
+
+
+def train(
+    experiment: Experiment,
+    run_dir: str | Path,
+    *,
+    checkpoint_dir: str | Path | None = None,
+    params: Any = None,
+    echo: Echo = print,
+    progress: bool = True,
+) -> Result:
+    """Trains an experiment, or goes on where its run directory stopped.
+
+    Killed at any moment and called again, it ends with the same losses and parameters, bit for
+    bit, as if it had never stopped. SIGTERM and Ctrl-C save first; a second Ctrl-C does not.
+    A checkpoint is written every `checkpoint_every` steps, after each validation, and at the end.
+
+    Args:
+      experiment: what to train.
+      run_dir: a local directory for config.json, metrics.jsonl, tensorboard, curves.png, the
+        tokenizer, and checkpoints.
+      checkpoint_dir: another place for the checkpoints, such as gs://bucket/run.
+      params: parameters to start from instead of fresh ones; a resumed run has its own.
+      echo: prints a line or more.
+      progress: whether to draw a progress bar, where the output is a terminal.
+
+    Raises:
+      ValueError: if the experiment does not fit its data or devices, or the directory is another
+        run's; then nothing was changed.
+      TrainingError: if the loss or the gradient becomes NaN or infinite.
+      CheckpointError: if a checkpoint cannot be written or read.
+    """
+    run = Run(experiment, Path(run_dir).expanduser(), checkpoint_dir, params)
+    echo(f"{experiment.name}\n{run.plan}")
+    try:
+        log = MetricsLog(run.run_dir, run.step, experiment.name, experiment.wandb, run.saved_config)
+        try:
+            with Signals() as signals, Progress(run.step, run.config.steps, progress) as bar:
+                stopped = Loop(run, log, bar, signals, echo).run_steps()
+            run.checkpoints.wait()
+        finally:
+            log.close()
+    finally:
+        run.checkpoints.manager.close()
+    records = read_metrics(run.run_dir / "metrics.jsonl")
+    plot_curves(records, run.run_dir / "curves.png")
+    echo(f"{stopped} at step {run.step}; everything is in {run.run_dir}")
+    best = run.standing
+    last = records[-1] if records else {}
+    return Result(run.run_dir, run.step, stopped, best.best_step, best.best_loss, last)
+
+
+class Pending(NamedTuple):
+    """A step that was dispatched and not yet read.
+
+    Attributes:
+      step: its number.
+      metrics: on the device.
+      tokens: places of its batch that are not padding.
+    """
+
+    step: int
+    metrics: Mapping
+    tokens: int
+
+
+@dataclass
+class Loop:
+    """The loop over the steps of a run.
+
+    Attributes:
+      run: ready to take its next step.
+      log: where the numbers go.
+      bar: what the user sees.
+      signals: whether to stop.
+      echo: prints a line.
+    """
+
+    run: Run
+    log: MetricsLog
+    bar: Progress
+    signals: Signals
+    echo: Echo
+
+    def run_steps(self) -> str:
+        """Takes the steps that are left; returns why it stopped."""
+        run, config = self.run, self.run.config
+        self.watch, self.tokens, self.logged_step = Stopwatch(), 0, run.step
+        pending: Pending | None = None
+        while not (stopped := self.reason_to_stop()):
+            batch = next(run.batches)
+            tokens = int(np.count_nonzero(batch.segments)) * jax.process_count()
+            metrics = run.take_step(batch)
+            if pending is not None:
+                self.report(self.read(pending))
+            pending = Pending(run.step, metrics, tokens)
+            if self.validates() or due(run.step, config.checkpoint_every) or self.reason_to_stop():
+                self.pause(self.read(pending))
+                pending = None
+        if pending is not None:
+            # The signal came after the last look at it in the loop.
+            self.pause(self.read(pending))
+        return stopped
+
+    def reason_to_stop(self) -> str:
+        """Returns why not to take another step, or ''."""
+        config = self.run.config
+        if self.run.step >= config.steps:
+            return "finished"
+        if 0 < config.patience <= self.run.standing.worse:
+            return "early stopping"
+        return self.signals.name
+
+    def validates(self) -> bool:
+        """Whether the step just taken is one to validate after."""
+        every, step = self.run.config.eval_every, self.run.step
+        return due(step, every) or (every > 0 and step == self.run.config.steps)
+
+    def read(self, pending: Pending) -> Record:
+        """Waits for the metrics of a step; returns its record.
+
+        Raises:
+          TrainingError: if its loss or gradient is not finite.
+        """
+        record: Record = {"step": pending.step, **means(jax.device_get(pending.metrics))}
+        if "loss" not in record:
+            raise TrainingError(
+                f"no token of the batch of step {pending.step} counted: train on larger batches, "
+                "or mask more tokens"
+            )
+        for name in ("loss", "grad_norm"):
+            self.check_finite(pending.step, name, record[name])
+        self.tokens += pending.tokens
+        return record
+
+    def pause(self, record: Record) -> None:
+        """Validates if it is time to, logs, and saves."""
+        self.watch.stop()
+        loss = None
+        if self.validates():
+            values = self.run.validate()
+            loss = values["loss"]
+            self.check_finite(record["step"], "validation loss", loss)
+            record |= {f"validation_{name}": value for name, value in values.items()}
+            self.run.standing = self.run.standing.after(record["step"], loss)
+        self.report(record)
+        self.run.save(loss)
+        self.watch.start()
+
+    def report(self, record: Record) -> None:
+        """Shows the record of a step, and logs it if it is one to log."""
+        step, config = record["step"], self.run.config
+        if due(step, config.log_every) or "validation_loss" in record or step == config.steps:
+            seconds = self.watch.lap()
+            steps, self.logged_step = step - self.logged_step, step
+            flops = steps * self.run.plan.flops_per_step
+            record["tokens_per_second"] = self.tokens / seconds
+            record["mfu"] = flops / seconds / self.run.plan.peak_flops
+            self.tokens = 0
+            self.log.write(record)
+            self.bar.line(record, self.echo)
+        self.bar.update(record)
+
+    def check_finite(self, step: int, name: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        checkpoints = self.run.checkpoints
+        checkpoints.wait()
+        good = checkpoints.latest()
+        where = (
+            "there is no checkpoint before it"
+            if good is None
+            else f"the last good checkpoint is {checkpoints.directory / str(good)}"
+        )
+        raise TrainingError(
+            f"the {name.replace('_', ' ')} of step {step} is {value}: {where}; lower the learning "
+            "rate, warm up longer or clip harder, in a new run directory"
+        )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,222 @@
+"""One process's part of a run: devices, data, state and compiled step, ready for the next step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lm.core.batch import Batch
+from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
+from lm.train.checkpoint import Checkpoints, as_path
+from lm.train.experiment import Data, Experiment
+from lm.train.plan import Plan, make_plan
+from lm.train.run_dir import check_config, check_run_dir, claim_run_dir, config_of
+from lm.train.state import TrainState, abstract_state, init_state, state_shardings
+from lm.train.step import (
+    check_batch,
+    check_batch_size,
+    evaluate_batch,
+    jit_step,
+    pmap_step,
+    replicate,
+    share_rows,
+    unreplicate,
+)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a run remembers besides its state; saved with every checkpoint.
+
+    Attributes:
+      best_step, best_loss: of the smallest validation loss so far, or None.
+      worse: validations since.
+    """
+
+    best_step: int | None = None
+    best_loss: float | None = None
+    worse: int = 0
+
+    def after(self, step: int, loss: float) -> "Standing":
+        """Returns the standing after a validation."""
+        if self.best_loss is None or loss < self.best_loss:
+            return Standing(step, loss, 0)
+        return replace(self, worse=self.worse + 1)
+
+
+class Run:
+    """A run that can take its next step.
+
+    Making one checks everything that can be checked, restores the newest checkpoint or makes
+    fresh parameters, compiles the step, and only then writes to the run directory.
+
+    Attributes:
+      step: number of updates made.
+      state: on its devices; under pmap with a leading device axis.
+      standing: validations so far.
+      batches: endless host batches, from the one this step takes.
+      plan: what the run costs.
+      checkpoints: of the run.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_dir: Path,
+        checkpoint_dir: str | Path | None = None,
+        params: Any = None,
+    ) -> None:
+        """Prepares a run; arguments and errors as of `lm.train.loop.train`."""
+        self.experiment, self.config, self.run_dir = experiment, experiment.train, run_dir
+        self.recipe = experiment.recipe()
+        self.is_pmap = self.config.parallel == "pmap"
+        self.devices = jax.local_devices() if self.is_pmap else jax.devices()
+        self.mesh = make_mesh(experiment.mesh, self.devices)
+        shards = num_batch_shards(self.mesh)
+        check_batch_size(self.config.batch_size, self.config.micro_batches, shards)
+        if self.is_pmap and shards != len(self.devices):
+            raise ValueError(
+                "pmap is plain data parallelism: leave the mesh at its default, or train with "
+                "train.parallel 'jit'"
+            )
+        self.data: Data = experiment.data.make()
+        check_tokenizer(self.data.tokenizer, experiment.model.vocab_size)
+        self.saved_config = config_of(experiment, self.data.fingerprint)
+        check_run_dir(run_dir, self.saved_config)
+
+        where = as_path(checkpoint_dir or run_dir / "checkpoints")
+        existing = Checkpoints(where, self.config.keep) if where.is_dir() else None
+        self.step = (existing.latest() if existing else None) or 0
+        if existing and self.step:
+            state, self.standing = self.restore(existing)
+        else:
+            state = init_state(self.recipe, self.config.seed, self.state_mesh, params)
+            self.standing = Standing()
+        self.batches = self.data.train(self.config.batch_size, self.config.seed, self.step)
+        self.compile(state)
+        self.plan = self.make_plan(state, where)
+        self.state = replicate(state, self.devices) if self.is_pmap else state
+
+        claim_run_dir(run_dir, self.saved_config, self.data.tokenizer)
+        self.checkpoints = existing or Checkpoints(where, self.config.keep)
+
+    @property
+    def state_mesh(self) -> Mesh:
+        """The mesh that a state is made, validated, saved and restored on."""
+        if self.is_pmap:
+            return make_mesh(replace(self.experiment.mesh, data=1), self.devices[:1])
+        return self.mesh
+
+    @property
+    def one_state(self) -> TrainState:
+        """The state without pmap's leading axis."""
+        return unreplicate(self.state) if self.is_pmap else self.state
+
+    def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, Standing]:
+        """Returns the newest state, laid out for this run's mesh, and the standing with it."""
+        shapes = abstract_state(self.recipe)
+        shardings = state_shardings(self.recipe, self.state_mesh, shapes)
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+        meta = checkpoints.meta(self.step)
+        check_config(checkpoints.directory, meta.get("config", {}), self.saved_config)
+        return checkpoints.restore(abstract, self.step), Standing(**meta["standing"])
+
+    def compile(self, state: TrainState) -> None:
+        """Compiles the step for the shape of the batches, which it learns from the first."""
+        first = next(self.data.train(self.config.batch_size, self.config.seed, self.step))
+        check_batch(first, self.experiment.model.vocab_size)
+        rows, length = first.tokens.shape
+        self.shape = rows * jax.process_count(), length
+        self.temporary_bytes = None
+        if self.is_pmap:
+            self.compiled = pmap_step(self.recipe, self.devices)
+        else:
+            step = jit_step(self.recipe, self.mesh, state)
+            self.compiled = step.lower(state, self.place(first)).compile()
+            if memory := self.compiled.memory_analysis():
+                self.temporary_bytes = memory.temp_size_in_bytes
+        self.evaluate = jax.jit(evaluate_batch, static_argnums=0)
+
+    def take_step(self, batch: Batch) -> Mapping:
+        """Dispatches one update; returns its metrics, on the device."""
+        check_batch(batch, self.experiment.model.vocab_size)
+        if self.is_pmap:
+            shared = share_rows(batch, len(self.devices))
+            self.state, metrics = self.compiled(self.state, shared)
+            metrics = unreplicate(metrics)
+        else:
+            self.state, metrics = self.compiled(self.state, self.place(batch))
+        self.step += 1
+        return metrics
+
+    def validate(self) -> dict[str, float]:
+        """Returns the means over the validation split.
+
+        Raises:
+          ValueError: if it is empty, or nothing in it counts.
+        """
+        params = self.one_state.params
+        place = (lambda batch: batch) if self.is_pmap else self.place
+        batches = self.data.validation(self.config.batch_size)
+        sums = [self.evaluate(self.recipe, params, place(batch)) for batch in batches]
+        if not sums:
+            raise ValueError("the validation split is empty: set train.eval_every to 0")
+        total = jax.tree.map(lambda *xs: np.sum(xs, dtype=np.float64), *jax.device_get(sums))
+        if not total["loss"][1]:
+            raise ValueError("no token of the validation split counts: check its loss mask")
+        return means(total)
+
+    def save(self, validation_loss: float | None) -> None:
+        """Begins to write a checkpoint of the current step."""
+        meta = {
+            "config": self.saved_config,
+            "data_position": self.step,
+            "standing": vars(self.standing),
+        }
+        self.checkpoints.save(self.one_state, self.step, meta, validation_loss)
+
+    def place(self, batch: Batch) -> Batch:
+        """Returns this process's rows of a batch on the devices of the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        )
+
+    def make_plan(self, state: TrainState, where: Any) -> Plan:
+        sizes = ", ".join(f"{name} {n}" for name, n in self.mesh.shape.items() if n > 1)
+        rows, length = self.shape
+        lines = {
+            "objective": str(self.recipe.objective),
+            "optimizer": str(self.recipe.optimizer),
+            "devices": f"{len(self.devices)} x {self.devices[0].device_kind}, "
+            f"{self.config.parallel}" + (f", mesh: {sizes}" if sizes else ""),
+            "batch": f"{rows} rows of {length} in {self.config.micro_batches} parts, "
+            f"{self.config.dtype}",
+            "steps": f"{self.config.steps:,}"
+            + (f", of which {self.step:,} are done" if self.step else ""),
+            "run directory": str(self.run_dir),
+            "checkpoints": str(where),
+        }
+        return make_plan(self.recipe, state, self.shape, self.temporary_bytes, lines)
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raises a ValueError if a tokenizer (or None) has more tokens than a model."""
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {vocab_size}: "
+            "make the model for this tokenizer"
+        )
+
+
+def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Returns name -> sum / count, leaving out what counts nothing."""
+    return {name: float(total) / float(n) for name, (total, n) in metrics.items() if float(n) != 0}

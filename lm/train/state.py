@@ -1,0 +1,158 @@
+"""What a train step reads and writes, and where it lives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from lm.core.context import Context
+from lm.core.mesh import param_sharding, replicated
+from lm.core.paths import flatten, partition, unflatten
+from lm.models import params as P
+from lm.train.objectives import Objective
+from lm.train.optimizer import Axes, Optimizer
+from lm.train.trainable import FULL, Table, make_transform, trained_paths
+
+Params = Mapping[str, Any]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes as training goes on.
+
+    Attributes:
+      step: () int32, number of updates made.
+      params: all parameters, trained and frozen, fp32.
+      opt_state: of the trained parameters alone.
+      rng: (2,) uint32, the key of the run; it never changes, a step folds its number in.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a train step depends on besides its state and batch; hashable, static under jit.
+
+    Attributes:
+      model: a model value.
+      objective: what is minimised.
+      optimizer: with a schedule that has a length.
+      trainable: the table of what trains.
+      micro_batches: number of parts that a batch is computed in, one after the other.
+      dtype: compute dtype, 'float32' or 'bfloat16'; parameters are fp32 in any case.
+      remat: what the backward pass computes again: 'none', 'dots' or 'full'.
+    """
+
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    trainable: Table = FULL
+    micro_batches: int = 1
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def context(self, deterministic: bool = False) -> Context:
+        """Returns the context of a training call, or of an evaluation (deterministic)."""
+        return Context(deterministic=deterministic, dtype=self.dtype, remat=self.remat)
+
+    def over(self, num_steps: int) -> "Recipe":
+        """Returns the recipe with every schedule as long as the run, if it has no length."""
+
+        def lengthen(optimizer: Optimizer) -> Optimizer:
+            return replace(optimizer, learning_rate=optimizer.learning_rate.over(num_steps))
+
+        table = tuple(
+            replace(group, optimizer=group.optimizer and lengthen(group.optimizer))
+            for group in self.trainable
+        )
+        return replace(self, optimizer=lengthen(self.optimizer), trainable=table)
+
+    def split(self, params: Params) -> tuple[dict, dict]:
+        """Returns the trained and the frozen parameters."""
+        trained = trained_paths(self.trainable, params)
+        return partition(params, lambda path: path in trained)
+
+    def transform(self, params: Params) -> optax.GradientTransformation:
+        """Returns the optimizer of the trained parameters."""
+        return make_transform(self.optimizer, self.trainable, params, axes_of(self.model))
+
+
+@cache
+def axes_of(model: nn.Module) -> Axes:
+    """Returns path -> logical axes of a model's parameters."""
+    return flatten(P.logical_axes(model))
+
+
+def new_state(recipe: Recipe, params: Params, rng: jax.Array) -> TrainState:
+    """Returns the state before the first step, from parameters."""
+    trained, _ = recipe.split(params)
+    opt_state = recipe.transform(params).init(trained)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng)
+
+
+def init_state(recipe: Recipe, seed: int, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """Returns the state before the first step, made where it will live.
+
+    Args:
+      recipe: the run's.
+      seed: of the initial parameters and of all that is random later.
+      mesh: devices to lay it out on.
+      params: parameters to start from instead of fresh ones.
+    """
+
+    def make(params: Params | None) -> TrainState:
+        init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
+        fresh = P.init(recipe.model, init_key) if params is None else params
+        return new_state(recipe, fresh, run_key)
+
+    shardings = state_shardings(recipe, mesh, jax.eval_shape(make, params))
+    return jax.jit(make, out_shardings=shardings)(params)
+
+
+def abstract_state(recipe: Recipe, params: Params | None = None) -> TrainState:
+    """Returns the shapes and dtypes of the state; takes no memory."""
+    shapes = P.abstract(recipe.model) if params is None else params
+    return jax.eval_shape(lambda params: new_state(recipe, params, jax.random.PRNGKey(0)), shapes)
+
+
+def state_shardings(recipe: Recipe, mesh: Mesh, state: TrainState) -> TrainState:
+    """Returns the sharding of every leaf of a state (of arrays or of shapes).
+
+    Optimizer moments lie as the parameter they belong to, which is the one whose path ends theirs.
+
+    Raises:
+      ValueError: if a parameter does not divide over the mesh.
+    """
+    axes = axes_of(recipe.model)
+    leaves = flatten(state.params)
+    everywhere = replicated(mesh)
+    shardings = {
+        path: param_sharding(mesh, axes[path], leaf.shape, path) if path in axes else everywhere
+        for path, leaf in leaves.items()
+    }
+
+    def moment(keys, leaf):
+        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        for start in range(len(names)):
+            path = "/".join(names[start:])
+            if path in leaves and leaves[path].shape == leaf.shape:
+                return shardings[path]
+        return everywhere
+
+    return TrainState(
+        step=everywhere,
+        params=unflatten(shardings),
+        opt_state=jax.tree_util.tree_map_with_path(moment, state.opt_state),
+        rng=everywhere,
+    )

@@ -1,0 +1,18 @@
+"""Settings of every test: eight CPU devices, exact products, fixed seeds."""
+
+import os
+
+# The tests compile hundreds of tiny programs and run each a few times.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # As `lm.core.runtime.prepare`, and why.
+
+import jax  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+# A command called in a test turns the cache of compiled programs on for the rest of the process,
+# and jaxlib 0.10.1 was seen to crash while it serialised a program for eight CPU devices.
+jax.config.update("jax_enable_compilation_cache", False)
