@@ -3,7 +3,7 @@
 import os
 
 # The tests compile hundreds of tiny programs and run each a few times.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,8 +11,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # As `lm.core.runtime.prepare`, and why.
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # A command called in a test turns the cache of compiled programs on for the rest of the process,
 # and jaxlib 0.10.1 was seen to crash while it serialised a program for eight CPU devices.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unload_programs():
+    """Frees the compiled programs of a file of tests once it is done.
+
+    Each program maps several regions of memory, and a process may have 65,530 of them: the whole
+    suite in one process comes to more, and LLVM then ends it with a segmentation fault.
+    """
+    yield
+    jax.clear_caches()

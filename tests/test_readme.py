@@ -68,6 +68,7 @@ def run_block(block: Block, folder: pathlib.Path) -> str:
     tests_own = ("XLA_FLAGS", "PYTEST_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(tests_own)}
     env |= {"PYTHON": sys.executable, "ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # It compiles much and computes little.
     done = subprocess.run(
         commands[block.kind], cwd=folder, env=env, capture_output=True, text=True, timeout=600
     )

@@ -1,6 +1,7 @@
 """Parameters of a model: made, counted and described without running it."""
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +18,12 @@ def _init(model: nn.Module, key: jax.Array) -> Any:
     return model.init(key, tokens_BT, method="initialize")["params"]
 
 
+@partial(jax.jit, static_argnums=0)
 def init(model: nn.Module, key: jax.Array) -> Params:
-    """Returns fresh fp32 parameters, a nested dict; jit it to initialise where they will live."""
+    """Returns fresh fp32 parameters, a nested dict.
+
+    Compiled once for each model; jit what calls it to initialise them where they will live.
+    """
     return nn.unbox(_init(model, key))
 
 

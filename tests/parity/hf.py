@@ -12,6 +12,7 @@ from lm.core.paths import flatten
 from lm.models import params as P
 from lm.models.family import Family
 from lm.models.foreign import read_weights, write_weights
+from tests.conformance.harness import forward
 
 
 def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
@@ -89,7 +90,7 @@ def assert_causal_lm_parity(family: Family, module: torch.nn.Module, tolerance: 
             input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask)
         ).logits.numpy()
     ctx = Context(segments_BT=jnp.asarray(mask))
-    ours, _ = model.apply({"params": params}, jnp.asarray(tokens), ctx)
+    ours, _ = forward(model, params, jnp.asarray(tokens), ctx)
     assert np.abs(np.where(mask[..., None], np.asarray(ours) - theirs, 0)).max() <= tolerance
     assert_causal_gradients(family, module, model, params, tokens)
 
@@ -106,7 +107,7 @@ def assert_causal_gradients(family, module, model, params, tokens, tolerance: fl
         log_probs = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(log_probs, jnp.asarray(tokens)[:, 1:, None], -1).mean()
 
-    value, grads = jax.value_and_grad(our_loss)(params)
+    value, grads = jax.jit(jax.value_and_grad(our_loss))(params)
     assert abs(float(value) - loss.item()) <= 1e-5
     assert_gradients(family, module, model, params, grads, tolerance)
 

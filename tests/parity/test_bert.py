@@ -1,5 +1,7 @@
 """BERT equals its Hugging Face classes, with every set of heads."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,11 +48,12 @@ def run_torch(module, tokens, mask):
 
 def run_ours(model, params, tokens, ctx):
     variables = {"params": params}
-    places, _ = model.apply(variables, tokens, ctx, method="__call__" if model.head else "hidden")
+    apply = jax.jit(model.apply, static_argnames="method")
+    places, _ = apply(variables, tokens, ctx, method="__call__" if model.head else "hidden")
     rows = None
     if model.pooler is not None:
         method = "pooled" if model.classifier is None else "classify"
-        rows = model.apply(variables, tokens, ctx, method=method)
+        rows = apply(variables, tokens, ctx, method=method)
     return places, rows
 
 
@@ -87,7 +90,7 @@ def test_equals_transformers(name, changes):
         return value, (places, rows)
 
     torch_loss(*theirs).backward()
-    (value, ours), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, ours), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     difference = np.asarray(ours[0]) - theirs[0].detach().numpy()
     assert np.abs(difference * mask[..., None]).max() <= 1e-4
     assert (ours[1] is None) == (theirs[1] is None)
@@ -104,8 +107,9 @@ def test_token_types_and_positions_are_read():
     tokens = hf.ids(61)
 
     def hidden(**ctx):
-        return model.apply({"params": params}, tokens, Context(**ctx), method="hidden")[0]
+        return apply({"params": params}, tokens, Context(**ctx))[0]
 
+    apply = jax.jit(partial(model.apply, method="hidden"))
     zeros = hidden()
     np.testing.assert_array_equal(zeros, hidden(token_types_BT=jnp.zeros_like(TYPES)))
     assert (jnp.abs(zeros - hidden(token_types_BT=jnp.asarray(TYPES))).max((1, 2)) > 1e-2).all()
@@ -156,6 +160,7 @@ def test_encoder_without_a_head_says_so():
         model.apply({"params": params}, hf.ids(61))
 
 
+@pytest.mark.ledger("B14")
 def test_two_tower_shares_the_api():
     """Two encoders, parameters of their own, read tokens and ctx.source as other models do."""
     module = make_torch("BertModel")
@@ -179,7 +184,7 @@ def test_two_tower_shares_the_api():
         return similarities
 
     pooled = run_torch(module, tokens, mask)[1].detach().numpy()
-    other = tower.apply({"params": right}, source, method="pooled")
+    other = jax.jit(partial(tower.apply, method="pooled"))({"params": right}, source)
     expected = np.asarray(
         [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in np.asarray(other)] for a in pooled]
     )
@@ -192,5 +197,5 @@ def test_two_tower_shares_the_api():
     np.testing.assert_allclose(apply(params, tokens, padded), similarities, atol=1e-6)
     moved = apply(params, tokens, ctx.replace(source_BS=source.at[:, 3].add(-1)))
     assert (jnp.abs(moved - similarities) > 1e-4).all()
-    grads = jax.grad(lambda p: jnp.trace(apply(p, tokens, ctx)))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.trace(apply(p, tokens, ctx))))(params)
     assert all(jnp.abs(grads[side]["embed"]["table"]).max() > 0 for side in params)

@@ -11,6 +11,7 @@ from lm.models.families.mamba import FAMILY
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.conformance.harness import forward  # noqa: E402
 from tests.parity import hf  # noqa: E402
 
 SIZES = dict(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=3)
@@ -40,11 +41,11 @@ def test_one_token_decode_equals_both_full_forwards():
     module = make_torch()
     model, params = hf.import_torch(FAMILY, module)
     tokens = hf.ids(61)
-    full, _ = model.apply({"params": params}, tokens)
-    logits, state = model.apply({"params": params}, tokens[:, :1], Context(cache_length=24))
+    full, _ = forward(model, params, tokens, Context())
+    logits, state = forward(model, params, tokens[:, :1], Context(cache_length=24))
     pieces = [logits]
     for t in range(1, 24):
-        logits, state = model.apply({"params": params}, tokens[:, t : t + 1], Context(), state)
+        logits, state = forward(model, params, tokens[:, t : t + 1], Context(), state)
         pieces.append(logits)
     stepped = jnp.concatenate(pieces, 1)
     assert np.abs(stepped - full).max() <= 1e-4

@@ -58,6 +58,7 @@ def test_equals_transformers(changes):
     assert P.count(params) == sum(p.numel() for p in module.parameters()) - 2 * positions
 
 
+@pytest.mark.ledger("B14")
 def test_decoder_reads_the_source():
     seq2seq.assert_conditional(*hf.import_torch(FAMILY, make_torch()))
 

@@ -23,7 +23,7 @@ INPUTS = {"q": 1, "k": 1, "v": 1, "out": 2, "up": 1, "gate": 1, "down": 1}
 
 
 def fresh_params(model):
-    return jax.jit(lambda: P.init(model, jax.random.key(0)))()
+    return P.init(model, jax.random.key(0))
 
 
 def random_like(params, seed: int = 0):

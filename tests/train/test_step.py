@@ -49,7 +49,7 @@ def recipe_of(model=None, optimizer=None, objective=Generative(), **changes) -> 
 
 
 def state_of(recipe: Recipe) -> TrainState:
-    params = jax.jit(lambda: P.init(recipe.model, jax.random.key(0)))()
+    params = P.init(recipe.model, jax.random.key(0))
     return new_state(recipe, params, KEY)
 
 
@@ -136,10 +136,9 @@ def test_micro_batches_equal_one_batch(parts):
     batch = make_batch(1, 8)
     weights = [float(batch.weights[i::parts].sum()) for i in range(parts)]
     assert len(set(weights)) > 1
-    one, one_metrics = gradients(whole, params, batch, KEY)
-    many, many_metrics = jax.jit(gradients, static_argnums=0)(
-        replace(whole, micro_batches=parts), params, batch, KEY
-    )
+    compiled = jax.jit(gradients, static_argnums=0)
+    one, one_metrics = compiled(whole, params, batch, KEY)
+    many, many_metrics = compiled(replace(whole, micro_batches=parts), params, batch, KEY)
     for path, leaf in flatten(one).items():
         np.testing.assert_allclose(flatten(many)[path], leaf, atol=1e-5, err_msg=path)
     for name, value in one_metrics.items():
@@ -149,7 +148,7 @@ def test_micro_batches_equal_one_batch(parts):
 @pytest.mark.ledger("D13")
 def test_remat_keeps_gradients_and_takes_less_memory():
     """Equal gradients; fewer bytes of temporaries by the compiler's own count."""
-    model = tiny_model(num_layers=8, num_features=32, mlp_multiplier=8)
+    model = tiny_model(num_layers=4, num_features=32, mlp_multiplier=8)
     batch = make_batch(1, 64)
     found = {}
     for remat in ("none", "full"):

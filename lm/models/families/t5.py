@@ -102,7 +102,7 @@ def sizes(*numbers: int, **others) -> dict:
 
 V1_1 = dict(activation="gelu_tanh", tied=False)
 FAMILY = Family(
-    name="t5", build=t5, ledger=("B63",), fields=FIELDS, weights=weights,
+    name="t5", build=t5, ledger=("B14", "B63"), fields=FIELDS, weights=weights,
     presets={
         "small": sizes(512, 8, 6, 2048), "base": sizes(768, 12, 12, 3072),
         "large": sizes(1024, 16, 24, 4096), "3b": sizes(1024, 32, 24, 16384, 128),

@@ -106,7 +106,7 @@ FAMILY = Family(
     build=vanilla,
     presets={"base": {}, "big": dict(num_features=1024, num_heads=16, mlp_features=4096)},
     tiny=dict(vocab_size=61, num_features=32, num_heads=4, num_layers=3, mlp_features=48),
-    ledger=("B21", "N02"),
+    ledger=("B14", "B21", "N02"),
     classes={"marian": "MarianMTModel"},
     fields=FIELDS,
     fixed=dict.fromkeys(ON, (True,)) | dict.fromkeys(OFF, (False,)),
