@@ -259,7 +259,7 @@ def inspect_data(
       tokenizer: teeny_gpt, chars, bpe:SIZE, wordpiece:SIZE, or the path of a tokenizer.json.
       split: train, validation or test.
       length: places of a row.
-      layout: rows, or pack.
+      layout: rows, pack, or fit.
       num_rows: how many to show.
     """
     config = TextData(source, tokenizer, length, layout)  # pyright: ignore

@@ -26,7 +26,8 @@ class TextData:
       tokenizer: 'teeny_gpt', 'chars', 'bpe:8192' or 'wordpiece:8192', trained on the training
         split where there is something to train; or the path of a tokenizer.json or its directory.
       length: T, places of a row.
-      layout: 'rows' for one document a row; 'pack' for documents end to end, each its own segment.
+      layout: 'rows' for one document a row; 'pack' for documents end to end, cut where a row ends;
+        'fit' for whole documents, as many as fit a row. Each is a segment of its own.
       unit: whether a document is a 'line' of a .txt file or a whole 'file'.
       field: JSON field or feature that is the text; '' for 'text' or the only one.
       source_field: the one that an encoder reads; '' for none.

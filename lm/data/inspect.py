@@ -29,7 +29,7 @@ def statistics(examples: Sequence[Example], length: int, layout: Layout) -> dict
     Args:
       examples: the documents.
       length: places of a row.
-      layout: 'rows' or 'pack'.
+      layout: 'rows', 'pack' or 'fit'.
 
     Returns:
       documents; rows; predictions (places with a target); padding, the share of places without one;

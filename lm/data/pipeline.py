@@ -8,7 +8,7 @@ without replaying anything, and it survives another number of processes.
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import grain
@@ -17,7 +17,7 @@ import numpy as np
 from lm.core.batch import Batch
 from lm.data.example import Corpus, Example, check_ids
 
-Layout = Literal["rows", "pack"]
+Layout = Literal["rows", "pack", "fit"]
 Row = dict[str, np.ndarray]
 
 
@@ -32,16 +32,16 @@ def permutation(num: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Order:
-    """Which document comes when: every epoch has all of them, shuffled anew or as they are."""
+    """Which item comes when: every epoch has all of them, shuffled anew or as they are."""
 
-    num_documents: int
+    num_items: int
     seed: int
     shuffle: bool
 
     def epoch(self, epoch: int) -> np.ndarray:
         if self.shuffle:
-            return permutation(self.num_documents, self.seed, epoch)
-        return np.arange(self.num_documents)
+            return permutation(self.num_items, self.seed, epoch)
+        return np.arange(self.num_items)
 
 
 class Rows(Protocol):
@@ -100,7 +100,66 @@ class Packed:
         return row
 
 
-LAYOUTS = {"rows": OnePerRow, "pack": Packed}
+class Fitted:
+    """Whole documents, as many as fit a row: hardly any padding, and no context is lost to a cut.
+
+    The rows are made once, by best-fit decreasing, and an epoch shuffles them. A document longer
+    than a row is cut into full ones, each piece a segment of its own, its positions from 0.
+    """
+
+    def __init__(self, examples: Sequence[Example], order: Order, length: int):
+        self.examples, self.length = examples, length
+        lengths = num_pairs(examples)
+        pieces = -(-lengths // length)
+        self.documents = np.repeat(np.arange(len(lengths)), pieces)
+        begins = np.cumsum(pieces) - pieces
+        self.starts = (np.arange(pieces.sum()) - np.repeat(begins, pieces)) * length
+        self.sizes = np.minimum(lengths[self.documents] - self.starts, length)
+        self.rows = best_fit(self.sizes, length)
+        self.num_rows = len(self.rows)
+        self._order = functools.lru_cache(2)(replace(order, num_items=self.num_rows).epoch)
+
+    def row(self, epoch: int, index: int) -> Row:
+        row, at = empty_row(self.length), 0
+        for segment, piece in enumerate(self.rows[int(self._order(epoch)[index])], 1):
+            start, size = int(self.starts[piece]), int(self.sizes[piece])
+            example = self.examples[int(self.documents[piece])]
+            _place(row, example, slice(start, start + size), at, segment)
+            at += size
+        return row
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Packs items into few bins, each into the fullest bin that has room, the largest items first.
+
+    Args:
+      sizes: (num_items,) integers from 1 to `capacity`.
+      capacity: of every bin.
+
+    Returns:
+      The numbers of the items in each bin.
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # Bit r is set where a bin with room r is; the lowest bit that suffices is the best.
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[item])
+        fitting = rooms >> size
+        room = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+        if fitting:
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            number = len(bins)
+            bins.append([])
+        bins[number].append(item)
+        with_room[room - size].append(number)
+        rooms |= 1 << (room - size)
+    return bins
+
+
+LAYOUTS = {"rows": OnePerRow, "pack": Packed, "fit": Fitted}
 
 
 def num_pairs(examples: Sequence[Example]) -> np.ndarray:
@@ -258,8 +317,8 @@ def make_loader(
       examples: random access to documents, a `Corpus` or any sequence of `Example`.
       batch_size: rows of the global batch, B.
       length: places of a row, T.
-      layout: 'rows' for one document a row, which cuts longer ones; 'pack' for documents end to
-        end, which cuts none.
+      layout: 'rows' for one document a row, the rest of a longer one left out; 'pack' for documents
+        end to end, going on in the next row; 'fit' for whole documents, as many as fit a row.
       seed: of the order, a different one for each epoch.
       shuffle: whether to shuffle at all.
       epochs: passes over the examples, or None for no end.
@@ -272,7 +331,8 @@ def make_loader(
 
     Raises:
       ValueError: no examples, a batch that the processes cannot share evenly, a length below 1, an
-        unknown layout, ids out of range, or sources with no `source_length` or a packed layout.
+        unknown layout, ids out of range, or sources with no `source_length` or another layout than
+        'rows'.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout should be one of {get_args(Layout)}, not {layout!r}.")
@@ -290,7 +350,7 @@ def make_loader(
             f"{process_count}."
         )
     has_source = examples[0].source is not None
-    if has_source != (source_length is not None) or (has_source and layout == "pack"):
+    if has_source != (source_length is not None) or (has_source and layout != "rows"):
         raise ValueError(
             "Examples with a source need source_length and the layout 'rows', and examples without "
             f"one take no source_length: it is {source_length}, and the layout is {layout!r}."

@@ -7,7 +7,7 @@ import pytest
 
 from lm.core.batch import Batch
 from lm.data.example import Example, start_id, tokenize
-from lm.data.pipeline import make_loader, permutation
+from lm.data.pipeline import best_fit, make_loader, permutation
 from lm.data.source import load_source
 from lm.data.tokenizer import SubwordTokenizer, teeny_gpt_tokenizer, train_bpe
 
@@ -42,7 +42,7 @@ def documents(batches):
 
 
 @pytest.mark.ledger("D07")
-@pytest.mark.parametrize("layout", ["rows", "pack"])
+@pytest.mark.parametrize("layout", ["rows", "pack", "fit"])
 @pytest.mark.parametrize("process_count", [2, 3, 6])
 def test_processes_share_every_global_batch(layout, process_count):
     options = {"batch_size": 6, "length": 16, "layout": layout, "seed": 3}
@@ -72,7 +72,7 @@ def test_shards_are_disjoint_and_their_union_is_the_set(validation, process_coun
 
 
 @pytest.mark.ledger("D07")
-@pytest.mark.parametrize("layout", ["rows", "pack"])
+@pytest.mark.parametrize("layout", ["rows", "pack", "fit"])
 def test_a_batch_is_a_function_of_seed_and_step(layout):
     options = {"batch_size": 4, "length": 16, "layout": layout}
     first = take(make_loader(toy(), **options, seed=5), 30)
@@ -87,7 +87,7 @@ def test_a_batch_is_a_function_of_seed_and_step(layout):
 
 
 @pytest.mark.ledger("D07")
-@pytest.mark.parametrize("layout", ["rows", "pack"])
+@pytest.mark.parametrize("layout", ["rows", "pack", "fit"])
 def test_the_position_survives_another_number_of_processes(layout):
     options = {"batch_size": 4, "length": 16, "layout": layout, "seed": 1}
     whole = take(make_loader(toy(), **options), 20)
@@ -116,13 +116,13 @@ def test_a_position_of_other_data_is_refused():
         make_loader(toy(), **options).restore({"step": 3})
 
 
-@pytest.mark.parametrize("layout", ["rows", "pack"])
+@pytest.mark.parametrize("layout", ["rows", "pack", "fit"])
 def test_every_epoch_has_every_document_in_another_order(layout):
     examples = toy(40)
     loader = make_loader(examples, batch_size=1, length=32, layout=layout, seed=2)
     num_rows = loader.state()["num_rows"]
     epochs = [list(documents(take(loader, num_rows))) for _ in range(3)]
-    if layout == "rows":
+    if layout != "pack":
         for epoch in epochs:
             assert sorted(epoch) == sorted(tuple(example.tokens) for example in examples)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -164,6 +164,44 @@ def test_packing_equals_a_plain_loop(length):
             assert (getattr(batch, name)[0, len(here) :] == 0).all()
 
 
+def test_best_fit_equals_a_plain_loop():
+    rng = np.random.default_rng(5)
+    for capacity in (1, 9, 149):
+        sizes = rng.integers(1, capacity + 1, 300)
+        rooms, bins = [], []
+        for item in sorted(range(300), key=lambda n: -sizes[n]):
+            room = min((r for r in rooms if r >= sizes[item]), default=None)
+            if room is None:
+                rooms.append(capacity - sizes[item])
+            else:
+                rooms[rooms.index(room)] -= sizes[item]
+        bins = best_fit(sizes, capacity)
+        assert sorted(capacity - sizes[items].sum() for items in bins) == sorted(rooms)
+        assert sorted(itertools.chain(*bins)) == list(range(300))
+
+
+def test_fitted_rows_hold_whole_documents():
+    """Only what is longer than a row is cut, into full rows and a rest; positions start at 0."""
+    examples = toy(40, seed=3)
+    loader = make_loader(examples, batch_size=1, length=12, layout="fit", epochs=1)
+    found = []
+    for batch in loader:
+        segments, positions = batch.segments[0], batch.positions[0]
+        for segment in range(1, segments.max() + 1):
+            assert positions[segments == segment].tolist() == list(
+                range((segments == segment).sum())
+            )
+    for document in documents(
+        make_loader(examples, batch_size=1, length=12, layout="fit", epochs=1)
+    ):
+        found.append(len(document) - 1)
+    want = []
+    for example in examples:
+        pairs = len(example.tokens) - 1
+        want += [12] * (pairs // 12) + [pairs % 12] * (pairs % 12 > 0)
+    assert sorted(found) == sorted(want)
+
+
 def test_rows_are_teeny_gpts(original, validation):
     t = teeny_gpt_tokenizer()
     texts = [text.text for text in original["validation"]][:64]
@@ -189,7 +227,7 @@ def test_long_rows_are_cut_before_the_end_of_text():
     assert batch.targets.tolist() == [[5, 6, 7, 8, 2]] and batch.weights.all()
 
 
-@pytest.mark.parametrize("layout", ["rows", "pack"])
+@pytest.mark.parametrize("layout", ["rows", "pack", "fit"])
 def test_evaluation_is_one_pass_in_order_that_drops_nothing(layout):
     examples = toy(23)
     options = {"batch_size": 8, "length": 20, "layout": layout, "shuffle": False, "epochs": 1}
@@ -236,7 +274,7 @@ def test_sources_for_an_encoder_decoder():
         ({"process_index": 2, "process_count": 2}, "this is process 2"),
         ({"length": 0}, "should be 1 or more"),
         ({"seed": -1}, "seed and start 0 or more"),
-        ({"layout": "heap"}, r"one of \('rows', 'pack'\), not 'heap'"),
+        ({"layout": "heap"}, r"one of \('rows', 'pack', 'fit'\), not 'heap'"),
         ({"vocab_size": 20}, r"should be in 0\.\.19 and are in 1\.\."),
     ],
 )

@@ -18,9 +18,13 @@ STEPS = 300
 def test_temperature_trades_repetition_for_nonsense(tmp_path):
     """In the mean of three seeds, words outside the corpus get more, repeated pairs fewer."""
     base = load_experiment("experiments/headlines.py")
+    rate = dataclasses.replace(base.optimizer.learning_rate, decay=STEPS // 2)
+    base = dataclasses.replace(
+        base, optimizer=dataclasses.replace(base.optimizer, learning_rate=rate)
+    )
     data = base.data.make()
     lexicon = {
-        word for text in data.load("train") for word in fold_words(data.tokenizer, text.text)
+        word for text in base.data.load("train") for word in fold_words(data.tokenizer, text.text)
     }
     sweeps = []
     for seed in range(3):

@@ -11,6 +11,7 @@ from lm.layers.position import LearnedPositions
 from lm.models.decoder import Decoder
 from lm.models.family import Family
 from lm.models.stack import Stack
+from lm.ops.rotary import Rotary
 
 TORCH_LINEAR = VarianceScaling(1 / 3, "in", "uniform")
 # Xavier over the packed (3 D, D) projection of q, k and v together, as torch draws it.
@@ -25,6 +26,7 @@ def teeny_gpt(
     num_layers: int = 4,
     mlp_multiplier: int = 128,
     dropout: float = 0.0,
+    rotary: Rotary | None = None,
 ) -> Decoder:
     """Returns the model; the defaults have exactly 1,089,181 parameters.
 
@@ -37,10 +39,12 @@ def teeny_gpt(
       mlp_multiplier: the MLP is `mlp_multiplier * num_features` wide (4096 by default), as in the
         original, whose prose calls this number its "neurons".
       dropout: rate on the sum of embedding and position, the only place the original has it.
+      rotary: rotates queries and keys in place of the learned positions, which the original has.
     """
     attention = Attention(
         num_heads,
         num_features // num_heads,
+        rotary=rotary,
         qkv_bias=True,
         out_bias=True,
         kernel_init=PACKED_XAVIER,
@@ -48,12 +52,13 @@ def teeny_gpt(
         bias_init=ZEROS,
     )
     mlp = MLP(mlp_multiplier * num_features, kernel_init=TORCH_LINEAR, bias_init=TORCH_LINEAR)
+    positions = LearnedPositions(max_length, table_init=Normal(1.0)) if rotary is None else None
     return Decoder(
         Embed(vocab_size, num_features, table_init=Normal(1.0)),
         Stack(
             (Block(PostNorm(attention, LayerNorm()), PostNorm(mlp, LayerNorm())),),
             num_layers,
-            entry=Entry(LearnedPositions(max_length, table_init=Normal(1.0)), dropout=dropout),
+            entry=Entry(positions, dropout=dropout),
         ),
         Head(vocab_size, bias=True, kernel_init=TORCH_LINEAR, bias_init=TORCH_LINEAR),
         max_length=max_length,
