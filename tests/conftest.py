@@ -14,8 +14,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-# A command called in a test turns the cache of compiled programs on for the rest of the process,
-# and jaxlib 0.10.1 was seen to crash while it serialised a program for eight CPU devices.
+# A command called in a test turns the cache of compiled programs on for the rest of the process.
+# Tests depend on nothing that an earlier run left behind, and fill no cache that they do not use.
 jax.config.update("jax_enable_compilation_cache", False)
 
 

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.core.context import Context
 from lm.core.paths import flatten, unflatten
 from lm.models import params as P
 from lm.models.families.teeny_gpt import FAMILY, teeny_gpt
+from lm.ops.rotary import Rotary
+from tests.conformance.harness import forward
 
 torch = pytest.importorskip("torch")
 
@@ -117,3 +120,17 @@ def test_initial_distribution_is_torchs():
 def test_has_no_foreign_form():
     with pytest.raises(ValueError, match="no Hugging Face"):
         FAMILY.write_config(teeny_gpt())
+
+
+def test_rotary_positions_replace_the_learned_ones():
+    """There is no table of positions, and only distances count: a shift changes nothing."""
+    model = teeny_gpt(max_length=64, mlp_multiplier=4, rotary=Rotary(100.0))
+    params = P.init(model, jax.random.key(0))
+    assert P.count(teeny_gpt(max_length=64, mlp_multiplier=4)) - P.count(params) == 64 * 32
+    tokens = jnp.asarray(ids(29, (2, 30), low=0))
+    positions = jnp.broadcast_to(jnp.arange(30), (2, 30))
+    logits, _ = forward(model, params, tokens, Context(positions_BT=positions))
+    shifted, _ = forward(model, params, tokens, Context(positions_BT=positions + 17))
+    np.testing.assert_allclose(shifted, logits, atol=1e-5)
+    stretched, _ = forward(model, params, tokens, Context(positions_BT=positions * 2))
+    assert jnp.abs(stretched - logits).max() > 1e-2
