@@ -31,7 +31,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboardX>=2.6",
-        "jaxtyping>=0.3",
         "pip>=23",  # Fetches the text packages of the built-in corpora.
     ],
     extras_require={
@@ -45,7 +44,6 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "regex>=2024.5",
-            "beartype>=0.18",
             "torch>=2.6",
             "transformers>=5.0",
             "nbclient>=0.10",

@@ -35,7 +35,7 @@ def evaluate(
       loss = sum(weight * -ln p(target)) / sum(weight)    in nats per token
       top1_rec_masked = mean over rows of sum_m(h) / |m|
       top1_rec_unmasked = mean over rows of sum(h) / T, padding included, which inflates it
-    The seed's `top1_rec` is the sum over rows of the latter. To be read as it read it, padding
+    The original `top1_rec` is the sum over rows of the latter. To be read as it read it, padding
     counts as text that goes on after the last document; being behind all that is real, it changes
     nothing there. With an objective the loss and the metrics are that objective's.
 

@@ -166,10 +166,14 @@ class Run:
         params = self.one_state.params
         place = (lambda batch: batch) if self.is_pmap else self.place
         batches = self.data.validation(self.config.batch_size)
-        sums = [self.evaluate(self.recipe, params, place(batch)) for batch in batches]
-        if not sums:
+        total, pending = None, None
+        for batch in batches:
+            metrics = self.evaluate(self.recipe, params, place(batch))
+            # Read one batch late: the device has work meanwhile, and never a whole split in memory.
+            total, pending = add(total, pending), metrics
+        total = add(total, pending)
+        if total is None:
             raise ValueError("the validation split is empty: set train.eval_every to 0")
-        total = jax.tree.map(lambda *xs: np.sum(xs, dtype=np.float64), *jax.device_get(sums))
         if not total["loss"][1]:
             raise ValueError("no token of the validation split counts: check its loss mask")
         return means(total)
@@ -215,6 +219,14 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {vocab_size}: "
             "make the model for this tokenizer"
         )
+
+
+def add(total: Mapping | None, metrics: Mapping | None) -> Mapping | None:
+    """Returns fp64 sums on the host: `total` and a batch's metrics, None for none."""
+    if metrics is None:
+        return total
+    read = jax.tree.map(np.float64, jax.device_get(metrics))
+    return read if total is None else jax.tree.map(np.add, total, read)
 
 
 def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def logits_of(model, params, batch):
 
 @pytest.mark.ledger("B69")
 @pytest.mark.parametrize("length", [64, 50])
-def test_top1_rec_equals_the_seed_s_formula_in_torch(length):
+def test_top1_rec_equals_the_original_s_formula_in_torch(length):
     torch = pytest.importorskip("torch")
     model, params = tiny("teeny_gpt")
     batches = rows_of_text(length)

@@ -22,7 +22,7 @@ def case(seed: int = 0):
 
 
 def their_nll(logits, targets):
-    """The seed's loss: NLLLoss(reduction='none') of log_softmax over (B, V, T)."""
+    """The original's loss: NLLLoss(reduction='none') of log_softmax over (B, V, T)."""
     log_probs = torch.nn.functional.log_softmax(torch.from_numpy(logits), dim=-1)
     loss = torch.nn.NLLLoss(reduction="none")
     return loss(log_probs.transpose(1, 2), torch.from_numpy(targets).long())
