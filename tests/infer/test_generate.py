@@ -34,7 +34,7 @@ def inputs(each, lengths=LENGTHS):
 
 
 def reference(model, params, prompt, key, num_tokens, temperature, source=None):
-    """The original's sampler: reads the whole row again for each token, and draws with its own key."""
+    """The original's sampler: reads the row again for each token, and draws with its own key."""
     tokens = np.zeros((1, 32), np.int32)  # What stands behind the newest token is never seen.
     tokens[0, : len(prompt)] = prompt
     ctx = Context() if source is None else Context(source_BS=jnp.asarray([source]))
