@@ -20,10 +20,10 @@ def experiment() -> Experiment:
         model=teeny_gpt(num_features=128, num_heads=2, mlp_multiplier=4, rotary=Rotary(100.0)),
         data=TextData("headlines", "teeny_gpt", length=128, layout="fit"),
         optimizer=Muon(
-            WarmupStableDecay(7e-3, warmup=30, decay=1100),
+            WarmupStableDecay(7e-3, warmup=30, decay=950),
             weight_decay=0.0,
             momentum=0.9,
             beta2=0.98,
         ),
-        train=TrainConfig(steps=1300, batch_size=16, eval_every=650, log_every=20),
+        train=TrainConfig(steps=1100, batch_size=16, eval_every=550, log_every=20),
     )

@@ -1,6 +1,7 @@
 """Settings of every test: eight CPU devices, exact products, fixed seeds."""
 
 import os
+import sys
 
 # The tests compile hundreds of tiny programs and run each a few times.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -17,6 +18,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # A command called in a test turns the cache of compiled programs on for the rest of the process.
 # Tests depend on nothing that an earlier run left behind, and fill no cache that they do not use.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Torch draws the same whatever ran before in this process; a module's first values are drawn."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
