@@ -22,7 +22,7 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 @pytest.fixture(autouse=True)
 def same_draws():
-    """Torch draws the same whatever ran before in this process; a module's first values are drawn."""
+    """Torch draws the same values in a test, whatever ran before it in this process."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
