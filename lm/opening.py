@@ -12,7 +12,7 @@ from lm.core.config import from_json
 from lm.core.mesh import param_sharding
 from lm.core.paths import flatten, map_with_path
 from lm.data.tokenizer import load_tokenizer
-from lm.interop import hf
+from lm.interop import gguf, hf, named
 from lm.interop.loaded import Loaded
 from lm.models import params as P
 from lm.train.checkpoint import load_params
@@ -28,10 +28,11 @@ def load(
     step: int | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> Loaded:
-    """Opens a run, a Hugging Face directory, or a model of the Hugging Face hub.
+    """Opens a run, a Hugging Face directory, a GGUF file, a named model, or one of the hub.
 
     Args:
-      path: a run directory of `lm train`; a directory with config.json and safetensors; or a hub
+      path: a run directory of `lm train`; a directory with config.json and safetensors; a .gguf
+        file; 'package:NAME', a model that a pinned package carries (`lm.interop.named`); or a hub
         id such as 'openai-community/gpt2', where there is a network.
       dtype: of the parameters and of the computation, 'float32' or 'bfloat16'.
       mesh: a `jax.sharding.Mesh` to lay the parameters out on; None is one device.
@@ -49,6 +50,10 @@ def load(
     local = Path(path)
     if checkpoint_dir or (local / "checkpoints").is_dir():
         loaded = load_run(local, step, checkpoint_dir)
+    elif str(path).startswith(named.PREFIX):
+        loaded = named.load_named(str(path))
+    elif local.suffix == ".gguf":
+        loaded = gguf.load_file(local)
     elif hf.is_directory(local):
         loaded = hf.load_directory(local)
     elif local.exists():
