@@ -143,7 +143,7 @@ def export_model(source: str | Path, directory: str | Path) -> Path:
 
 
 def initial_params(source: str | Path, model: Any) -> Any:
-    """Returns the parameters of a source, for a model that has the same.
+    """Returns the parameters of a source, on the host, for a model that has the same.
 
     Raises:
       ValueError: naming the leaves that differ in shape, or that only one of the two has.
@@ -151,7 +151,7 @@ def initial_params(source: str | Path, model: Any) -> Any:
     params = load(source).params
     if wrong := shape_differences(params, P.abstract(model)):
         raise ValueError(f"{source} is no start for this model: {wrong}")
-    return params
+    return jax.device_get(params)  # The state is laid out on a mesh, from wherever they come.
 
 
 def download(name: str) -> Path:
