@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def train(
         experiment,
         directory,
         checkpoint_dir=checkpoint_dir or None,
-        params=initial_params(init_from, experiment.model) if init_from else None,
+        params=partial(initial_params, init_from, experiment.model) if init_from else None,
         init_from=init_from,
     )
     if result.stopped in ("finished", "early stopping"):

@@ -47,9 +47,9 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, **options: Any) -> str:
     """Returns JSON without the escapes of HTML that jinja's own filter makes."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def refuse(message: str) -> NoReturn:

@@ -66,7 +66,8 @@ def train(
       run_dir: a local directory for config.json, metrics.jsonl, tensorboard, curves.png, the
         tokenizer, and checkpoints.
       checkpoint_dir: another place for the checkpoints, such as gs://bucket/run.
-      params: parameters to start from instead of fresh ones; a resumed run has its own.
+      params: parameters to start from instead of fresh ones, or a function that returns them; a
+        resumed run has its own, and does not call it.
       init_from: where `params` come from; saved with the run, and the same when it goes on.
       echo: prints a line or more.
       progress: whether to draw a progress bar, where the output is a terminal.

@@ -95,6 +95,7 @@ class Run:
         if existing and self.step:
             state, self.standing = self.restore(existing)
         else:
+            params = params() if callable(params) else params
             state = init_state(self.recipe, self.config.seed, self.state_mesh, params)
             self.standing = Standing()
         self.batches = self.data.train(self.config.batch_size, self.config.seed, self.step)
