@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 import lm
 from lm.cli import main
 from lm.core.paths import flatten
+from lm.data.tokenizer import SubwordTokenizer
 from lm.interop import hf
 from lm.interop.loaded import Loaded
 from lm.models.encdec import EncoderDecoder
@@ -29,10 +31,6 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_tok
 @pytest.fixture(scope="module")
 def tokenizer():
     """A tokenizer of fewer tokens than any tiny model, that begins and ends texts."""
-    import tokenizers
-
-    from lm.data.tokenizer import SubwordTokenizer
-
     letters = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz :,.!?"]
     library = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
     library.decoder = tokenizers.decoders.Fuse()

@@ -119,6 +119,23 @@ def test_smollm2_is_given_no_token_that_it_does_not_expect(ours):
     assert text == [" Paris."]
 
 
+def test_smollm2_goes_out_again(ours, tmp_path):
+    lm.import_model(SMOLLM2, tmp_path / "run")
+    out = lm.export_model(tmp_path / "run", tmp_path / "out")
+    module = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for text in [*TEXTS, *PROMPTS]:
+        expected = ours.tokenizer.encode(text, special=True)
+        assert tokenizer(text).input_ids == expected, text
+    assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == (
+        ours.tokenizer.apply_chat_template(MESSAGES)
+    )
+    tokens = np.array([ours.tokenizer.encode(PROMPTS[4], special=True)])
+    with torch.no_grad():
+        expected = module(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(np.asarray(ours.logits(tokens)) - expected).max() <= 1e-3
+
+
 def test_minilm_embeddings():
     path, texts = named.locate(MINILM), [*TEXTS, *PROMPTS]
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
