@@ -26,6 +26,8 @@ setup(
         "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not say so.
         "safetensors>=0.6",
         "huggingface_hub>=0.34",
+        "gguf>=0.17",
+        "jinja2>=3.1",  # Chat templates.
         "filelock>=3.12",
         "tyro>=1.0",
         "rich>=13",
@@ -46,6 +48,7 @@ setup(
             "regex>=2024.5",
             "torch>=2.6",
             "transformers>=5.0",
+            "accelerate>=1.0",  # transformers reads GGUF files with it.
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",

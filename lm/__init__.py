@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "lm.opening",
+    "import_model": "lm.opening",
+    "export_model": "lm.opening",
     "Loaded": "lm.interop.loaded",
     "generate": "lm.infer.generate",
     "stream": "lm.infer.generate",

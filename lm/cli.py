@@ -10,22 +10,26 @@ USAGE = """usage: lm COMMAND ...
   generate MODEL        continue prompts
   chat MODEL            continue what you type
   evaluate MODEL        loss, perplexity, bits per character, top-1 reconstruction
+  import SOURCE RUN     write a pretrained model as a run directory
+  export MODEL DIR      write a model as a Hugging Face directory
   list [FAMILY]         the families, their sizes and parameter counts; or draw one
   data inspect          rows of a data set as text, with masks and statistics
   tokenizer train       train a tokenizer on a text
 
-MODEL is a run directory, a Hugging Face directory, or a hub id. `lm COMMAND --help` says more.
-`lm --version` prints the version.
+MODEL is a run directory, a Hugging Face directory, a .gguf file, package:NAME, or a hub id.
+`lm COMMAND --help` says more. `lm --version` prints the version.
 """
 COMMANDS = {
     ("generate",): "generate",
     ("chat",): "chat",
     ("evaluate",): "evaluate",
+    ("import",): "import_model",
+    ("export",): "export_model",
     ("list",): "list_models",
     ("data", "inspect"): "inspect_data",
     ("tokenizer", "train"): "train_tokenizer",
 }
-OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--platform")
+OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--init-from", "--platform")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

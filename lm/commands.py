@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from lm.infer.generate import generate as continue_texts
 from lm.infer.generate import stream
 from lm.models import params as P
 from lm.models.zoo import all_families, get_family
-from lm.opening import load
+from lm.opening import export_model as write_directory
+from lm.opening import import_model as write_run
+from lm.opening import initial_params, load
 from lm.train.experiment import Experiment, load_experiment
 from lm.train.loop import Result
 from lm.train.loop import train as run_training
@@ -32,7 +35,11 @@ SAMPLE_TOKENS = 100
 
 
 def train(
-    path: str, overrides: Sequence[str] = (), run_dir: str = "", checkpoint_dir: str = ""
+    path: str,
+    overrides: Sequence[str] = (),
+    run_dir: str = "",
+    checkpoint_dir: str = "",
+    init_from: str = "",
 ) -> Result:
     """Trains the experiment of a file, then samples from it and compares it with n-grams.
 
@@ -41,10 +48,17 @@ def train(
       overrides: `--field value` pairs.
       run_dir: where it writes; '' is runs/NAME. The run that is there goes on.
       checkpoint_dir: another place for checkpoints, such as gs://bucket/run; '' for none.
+      init_from: what to start from, anything that `lm.load` opens; '' is fresh parameters.
     """
     experiment = apply_overrides(load_experiment(path), overrides)
     directory = Path(run_dir or Path("runs") / experiment.name)
-    result = run_training(experiment, directory, checkpoint_dir=checkpoint_dir or None)
+    result = run_training(
+        experiment,
+        directory,
+        checkpoint_dir=checkpoint_dir or None,
+        params=partial(initial_params, init_from, experiment.model) if init_from else None,
+        init_from=init_from,
+    )
     if result.stopped in ("finished", "early stopping"):
         report(experiment, result, checkpoint_dir)
     again = f"lm train {path}"
@@ -77,13 +91,14 @@ def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> 
 def train_help(path: str = "") -> str:
     """Returns how to call `lm train`, with the fields of an experiment where one is named."""
     lines = [
-        "usage: lm train EXPERIMENT [--run-dir DIR] [--checkpoint-dir PATH] [--platform NAME]",
-        "                [--FIELD VALUE ...]",
+        "usage: lm train EXPERIMENT [--run-dir DIR] [--checkpoint-dir PATH] [--init-from MODEL]",
+        "                [--platform NAME] [--FIELD VALUE ...]",
         "",
         "Trains experiments/NAME.py (or NAME), or goes on where its run directory stopped.",
         "",
         "  --run-dir DIR          where the run writes [runs/NAME]",
         "  --checkpoint-dir PATH  another place for checkpoints, such as gs://bucket/run",
+        "  --init-from MODEL      a run, directory, .gguf file or package:NAME to start from",
         "  --platform NAME        cpu, gpu or tpu to insist on",
         "",
     ]
@@ -111,7 +126,7 @@ def generate(
     """Continues prompts and prints each with its continuation.
 
     Args:
-      model: a run directory, a Hugging Face directory, or a hub id.
+      model: a run directory, a Hugging Face directory, a .gguf file, package:NAME, or a hub id.
       prompt: texts to continue; for an encoder-decoder, texts to read.
       max_new_tokens: at most that many tokens each.
       temperature: 0 is greedy.
@@ -149,7 +164,7 @@ def chat(
     """Continues what is typed, line by line, as it is drawn; an empty line ends it.
 
     Args:
-      model: a run directory, a Hugging Face directory, or a hub id.
+      model: a run directory, a Hugging Face directory, a .gguf file, package:NAME, or a hub id.
       max_new_tokens: at most that many tokens each.
       temperature: 0 is greedy.
       top_p: keep the likeliest tokens that hold this probability.
@@ -174,6 +189,26 @@ def chat(
         seed += 1
 
 
+def import_model(source: Positional[str], run: Positional[str]) -> None:
+    """Writes a pretrained model as a run directory, which the other commands open.
+
+    Args:
+      source: a Hugging Face directory, a .gguf file, package:NAME, a hub id, or another run.
+      run: the directory to write; it must not exist.
+    """
+    print(f"everything is in {write_run(source, run)}; next: lm generate {run} --prompt '...'")
+
+
+def export_model(model: Positional[str], directory: Positional[str]) -> None:
+    """Writes a model as a Hugging Face directory, which `from_pretrained` opens.
+
+    Args:
+      model: a run directory, a .gguf file, package:NAME, or another that `lm.load` opens.
+      directory: what to write; it must not exist.
+    """
+    print(f"everything is in {write_directory(model, directory)}")
+
+
 def evaluate(
     model: Positional[str], split: str = "validation", data: str = "", batch_size: int = 32
 ) -> dict[str, float]:
@@ -189,10 +224,10 @@ def evaluate(
     if data:
         length = min(256, (loaded.model.max_length or 257) - 1)
         config: Any = TextData(data, length=length)
-    elif (Path(model) / "checkpoints").is_dir():
+    elif (Path(model) / "checkpoints").is_dir() and "data" in read_config(model)["experiment"]:
         config = from_json(read_config(model)["experiment"]["data"])
     else:
-        raise ValueError(f"{model} is no run of ours, so say what to read: --data text:PATH")
+        raise ValueError(f"{model} was not trained here, so say what to read: --data text:PATH")
     batches = config.make(loaded.tokenizer).evaluation(split, batch_size)
     metrics = measure(loaded.model, loaded.params, batches, tokenizer=loaded.tokenizer)
     print(json.dumps({"model": model, "split": split, **metrics}, indent=1))

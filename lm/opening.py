@@ -1,21 +1,26 @@
-"""Opening what was trained or downloaded: `lm.load(path)`."""
+"""Opening what was trained or downloaded, `lm.load(path)`, and writing it in the other form."""
 
 import json
+import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lm.core.config import from_json
+from lm.core.config import from_json, to_json
 from lm.core.mesh import param_sharding
-from lm.core.paths import flatten, map_with_path
+from lm.core.paths import flatten, map_with_path, shape_differences
 from lm.data.tokenizer import load_tokenizer
-from lm.interop import hf
+from lm.interop import gguf, hf, named
 from lm.interop.loaded import Loaded
 from lm.models import params as P
-from lm.train.checkpoint import load_params
+from lm.train.checkpoint import Checkpoints, load_params
+from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
+from lm.train.state import TrainState
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,10 +33,11 @@ def load(
     step: int | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> Loaded:
-    """Opens a run, a Hugging Face directory, or a model of the Hugging Face hub.
+    """Opens a run, a Hugging Face directory, a GGUF file, a named model, or one of the hub.
 
     Args:
-      path: a run directory of `lm train`; a directory with config.json and safetensors; or a hub
+      path: a run directory of `lm train`; a directory with config.json and safetensors; a .gguf
+        file; 'package:NAME', a model that a pinned package carries (`lm.interop.named`); or a hub
         id such as 'openai-community/gpt2', where there is a network.
       dtype: of the parameters and of the computation, 'float32' or 'bfloat16'.
       mesh: a `jax.sharding.Mesh` to lay the parameters out on; None is one device.
@@ -49,6 +55,10 @@ def load(
     local = Path(path)
     if checkpoint_dir or (local / "checkpoints").is_dir():
         loaded = load_run(local, step, checkpoint_dir)
+    elif str(path).startswith(named.PREFIX):
+        loaded = named.load_named(str(path))
+    elif local.suffix == ".gguf":
+        loaded = gguf.load_file(local)
     elif hf.is_directory(local):
         loaded = hf.load_directory(local)
     elif local.exists():
@@ -76,12 +86,80 @@ def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) ->
     return Loaded(model, params, load_tokenizer(path))
 
 
+def import_model(source: str | Path, run: str | Path) -> Path:
+    """Writes a model as a run directory, whole or not at all, which all commands open.
+
+    Args:
+      source: anything that `load` opens.
+      run: the directory to write.
+
+    Returns:
+      `run`.
+
+    Raises:
+      ValueError: if `run` exists, or there is no model.
+    """
+    run = Path(run).expanduser()
+    hf.refuse_existing(run)
+    loaded = load(source)
+    config = {
+        "experiment": {"model": to_json(loaded.model)},
+        "data": "",
+        "init_from": str(source),
+        "versions": installed_versions(),
+        "commit": git_commit(),
+    }
+    step, key = jnp.zeros((), jnp.int32), jax.random.PRNGKey(0)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=run.parent, prefix=f".{run.name}."))
+    try:
+        claim_run_dir(scratch, config, loaded.tokenizer)
+        checkpoints = Checkpoints(scratch / "checkpoints")
+        try:
+            checkpoints.save(TrainState(step, loaded.params, {}, key), 0, {"config": config})
+        finally:
+            checkpoints.close()
+        scratch.chmod(0o755)
+        os.replace(scratch, run)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return run
+
+
+def export_model(source: str | Path, directory: str | Path) -> Path:
+    """Writes a model as a Hugging Face directory, whole or not at all.
+
+    Args:
+      source: anything that `load` opens.
+      directory: what to write.
+
+    Returns:
+      `directory`.
+
+    Raises:
+      ValueError: if `directory` exists, there is no model, or no Hugging Face class computes it.
+    """
+    return hf.save_directory(load(source), Path(directory).expanduser())
+
+
+def initial_params(source: str | Path, model: Any) -> Any:
+    """Returns the parameters of a source, on the host, for a model that has the same.
+
+    Raises:
+      ValueError: naming the leaves that differ in shape, or that only one of the two has.
+    """
+    params = load(source).params
+    if wrong := shape_differences(params, P.abstract(model)):
+        raise ValueError(f"{source} is no start for this model: {wrong}")
+    return jax.device_get(params)  # The state is laid out on a mesh, from wherever they come.
+
+
 def download(name: str) -> Path:
     """Returns the local copy of a model of the hub, fetched where there is a network."""
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # The hub's client raises a dozen kinds, its own and the network's.
         raise ValueError(

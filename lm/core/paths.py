@@ -63,3 +63,20 @@ def merge(left: Mapping, right: Mapping) -> dict:
     both = flat_left.keys() & flat_right.keys()
     assert not both, f"paths in both trees: {sorted(both)[:3]}"
     return unflatten({**flat_left, **flat_right})
+
+
+def shape_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Returns a sentence that names the first leaves that only one tree has or that differ, or ''.
+
+    Args:
+      there, here: nested dicts of arrays, or of anything with a shape.
+    """
+    old = {path: tuple(leaf.shape) for path, leaf in flatten(there).items()}
+    new = {path: tuple(leaf.shape) for path, leaf in flatten(here).items()}
+    wrong = [
+        f"{path} is {old.get(path, 'absent')} there and {new.get(path, 'absent')} here"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+    return "; ".join(wrong[:3]) + more

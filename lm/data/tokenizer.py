@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from lm.data.chat import Messages, render_chat
 from lm.data.text import fold
 
 Unknown = Literal["raise", "drop", "unk"]
@@ -163,12 +164,16 @@ class SubwordTokenizer:
     Attributes:
       library: the Rust tokenizer.
       pad, bos, eos: special tokens, or None.
+      starts: whether the model expects `bos` before every text that it reads.
+      chat_template: in Jinja, how a conversation is written; or None.
     """
 
     library: tokenizers.Tokenizer
     pad: str | None = None
     bos: str | None = None
     eos: str | None = None
+    starts: bool = True
+    chat_template: str | None = None
 
     def __post_init__(self):
         self.library.encode_special_tokens = True
@@ -216,14 +221,38 @@ class SubwordTokenizer:
         """Returns the text without special tokens."""
         return self.library.decode([int(i) for i in ids])
 
+    def apply_chat_template(
+        self, messages: Messages, add_generation_prompt: bool = False, **values: Any
+    ) -> str:
+        """Returns a conversation as the model reads it; encode it with `special=True`.
+
+        Args:
+          messages: dicts with 'role' and 'content'.
+          add_generation_prompt: whether the text ends where a reply begins.
+          values: more that the template reads, such as tools.
+
+        Raises:
+          ValueError: if there is no template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template: write the prompt yourself")
+        tokens = {"pad_token": self.pad, "bos_token": self.bos, "eos_token": self.eos}
+        tokens = {name: token for name, token in tokens.items() if token}
+        values = {**tokens, "add_generation_prompt": add_generation_prompt, **values}
+        return render_chat(self.chat_template, messages, **values)
+
     def save(self, path: str | Path) -> None:
-        """Writes `path`/tokenizer.json and tokenizer_config.json, as Hugging Face reads them."""
+        """Writes tokenizer.json, its config and chat template, as Hugging Face reads them."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
         tokens = {"pad_token": self.pad, "bos_token": self.bos, "eos_token": self.eos}
         config |= {name: token for name, token in tokens.items() if token}
+        if not self.starts:
+            config["add_bos_token"] = False
+        if self.chat_template is not None:
+            (Path(path) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         self.library.save(str(Path(path) / "tokenizer.json"))
         (Path(path) / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
@@ -306,13 +335,23 @@ def load_tokenizer(path: str | Path) -> CharTokenizer | SubwordTokenizer:
         library = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare exceptions.
         raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
-    return SubwordTokenizer(library, **_special_tokens(path.with_name("tokenizer_config.json")))
+    return SubwordTokenizer(library, **read_tokenizer_config(path.parent))
 
 
-def _special_tokens(config: Path) -> dict[str, str]:
-    if not config.exists():
-        return {}
-    content = json.loads(config.read_text(encoding="utf-8"))
+def read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """Returns the fields of `SubwordTokenizer` that the files beside a tokenizer.json say."""
+    config, template = path / "tokenizer_config.json", path / "chat_template.jinja"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    fields: dict[str, Any] = dict(_special_tokens(content))
+    chat = content.get("chat_template")
+    if isinstance(chat, list):  # Several by name, in older files.
+        chat = {entry["name"]: entry["template"] for entry in chat}.get("default")
+    fields["chat_template"] = template.read_text(encoding="utf-8") if template.exists() else chat
+    fields["starts"] = content.get("add_bos_token", True)
+    return fields
+
+
+def _special_tokens(content: dict[str, Any]) -> dict[str, str]:
     tokens = {name: content.get(f"{name}_token") for name in ("pad", "bos", "eos")}
     # BERT's tokenizers name the places of their special tokens otherwise.
     tokens["bos"] = tokens["bos"] or content.get("cls_token")

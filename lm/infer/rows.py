@@ -71,10 +71,19 @@ def width_of(rows: Rows, model: Any, least: int = 16) -> int:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Returns the ids of a text as models meet it in training: after bos, or eos if there is none.
 
-    Where the tokenizer has neither, the ids of the text stand alone.
+    Where the tokenizer has neither, or says that texts do not start with one, the ids of the text
+    stand alone; but not if there are none.
     """
+    ids = tokenizer.encode(text)
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return [*([] if start is None else [start]), *tokenizer.encode(text)]
+    if start is None or (ids and not getattr(tokenizer, "starts", True)):
+        return ids
+    return [start, *ids]
+
+
+def encode_both_ends(tokenizer: Any, text: str) -> list[int]:
+    """Returns the ids of a text as a bidirectional model meets it, between bos and eos."""
+    return [*encode(tokenizer, text), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
 
 
 def encode_source(tokenizer: Any, text: str) -> list[int]:

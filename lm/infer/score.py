@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.core.context import Context
-from lm.infer.rows import Rows, bucket, check, encode, encode_source, pack, width_of
+from lm.infer.rows import (
+    Rows,
+    bucket,
+    check,
+    encode,
+    encode_both_ends,
+    encode_source,
+    pack,
+    width_of,
+)
 from lm.models.encdec import EncoderDecoder
 from lm.ops.loss import token_nll
 
@@ -101,7 +110,8 @@ def embed(
 ) -> np.ndarray:
     """Returns the mean over each text's places of the last hidden states, (num_texts, D) fp32.
 
-    The start token is one of the places. An encoder-decoder's are those of its encoder.
+    The start token is one of the places, and so is the end of what a bidirectional model reads.
+    An encoder-decoder's are those of its encoder.
 
     Args: as of `score`.
 
@@ -109,8 +119,11 @@ def embed(
       ValueError: if a text is too long, or has no token at all.
     """
     model = loaded.model
-    has_encoder = isinstance(model, EncoderDecoder)
-    rows = [(encode_source if has_encoder else encode)(loaded.tokenizer, text) for text in texts]
+    if isinstance(model, EncoderDecoder):
+        read = encode_source
+    else:
+        read = encode if model.causal else encode_both_ends
+    rows = [read(loaded.tokenizer, text) for text in texts]
     check(rows, model, "text")
     vectors = [np.zeros(0)] * len(rows)
     for group in groups(rows, batch_size):

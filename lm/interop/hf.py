@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lm.data.tokenizer import load_tokenizer
+from lm.data.vocab_files import load_directory_tokenizer
 from lm.interop.loaded import Loaded
 from lm.models import params as P
 from lm.models.foreign import read_weights, write_weights
@@ -42,8 +43,7 @@ def load_directory(path: str | Path) -> Loaded:
     params = read_weights(
         family.weights(model), Tensors(path), P.abstract(model), ignore=family.ignore
     )
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(path) if has_tokenizer else None
+    tokenizer = load_directory_tokenizer(path)
     return Loaded(model, jax.tree.map(np.asarray, params), tokenizer, name=str(path))
 
 
@@ -57,8 +57,7 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
     """
     path = Path(path)
     family = family_of(loaded.model)
-    if path.exists():
-        raise ValueError(f"{path} exists already: choose another directory, or remove it first")
+    refuse_existing(path)
     config = family.write_config(loaded.model)
     tensors = write_weights(family.weights(loaded.model), loaded.params)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +78,12 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
     return path
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises ValueError if there is something at a path that is to be written."""
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another directory, or remove it first")
+
+
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a directory by name, read one at a time from one file or from shards."""
 
@@ -89,7 +94,7 @@ class Tensors(Mapping[str, np.ndarray]):
             files = [path / name for name in names]
         else:
             files = [path / "model.safetensors"]
-        self.files = {}
+        self.files: dict[str, tuple[Any, str]] = {}
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{file} is missing; weights are read from safetensors files only")
@@ -98,16 +103,28 @@ class Tensors(Mapping[str, np.ndarray]):
                 opened = safe_open(file, framework="flax")
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged: {error}") from error
-            self.files.update(dict.fromkeys(opened.keys(), opened))
+            self.files |= {modern(name): (opened, name) for name in opened.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self.files[name].get_tensor(name))
+        file, written = self.files[name]
+        return np.asarray(file.get_tensor(written))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def modern(name: str) -> str:
+    """Returns today's name of a tensor: the first BERTs called weight and bias gamma and beta."""
+    return re.sub(r"(LayerNorm)\.(gamma|beta)$", lambda m: f"{m[1]}.{MODERN[m[2]]}", name)
+
+
+MODERN = {"gamma": "weight", "beta": "bias"}
 
 
 def _save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:

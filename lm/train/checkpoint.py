@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from lm.core.paths import flatten
+from lm.core.paths import shape_differences
 from lm.train.state import TrainState
 
 VALIDATION_LOSS = "validation_loss"
@@ -180,21 +180,12 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, expected: Any) -> None:
         try:
-            saved = flatten(self.manager.item_metadata(step).params)
+            saved = self.manager.item_metadata(step).params
         except Exception as error:
             raise self._unreadable(step, error) from error
-        there = {path: tuple(leaf.shape) for path, leaf in saved.items()}
-        here = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
-        wrong = [
-            f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
-            for path in sorted(there.keys() | here.keys())
-            if there.get(path) != here.get(path)
-        ]
-        if wrong:
-            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        if wrong := shape_differences(saved, expected):
             raise CheckpointError(
-                f"the checkpoint {self.directory / str(step)} is of another model: "
-                f"{'; '.join(wrong[:3])}{more}"
+                f"the checkpoint {self.directory / str(step)} is of another model: {wrong}"
             )
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:

@@ -51,6 +51,7 @@ def train(
     *,
     checkpoint_dir: str | Path | None = None,
     params: Any = None,
+    init_from: str = "",
     echo: Echo = print,
     progress: bool = True,
 ) -> Result:
@@ -65,7 +66,9 @@ def train(
       run_dir: a local directory for config.json, metrics.jsonl, tensorboard, curves.png, the
         tokenizer, and checkpoints.
       checkpoint_dir: another place for the checkpoints, such as gs://bucket/run.
-      params: parameters to start from instead of fresh ones; a resumed run has its own.
+      params: parameters to start from instead of fresh ones, or a function that returns them; a
+        resumed run has its own, and does not call it.
+      init_from: where `params` come from; saved with the run, and the same when it goes on.
       echo: prints a line or more.
       progress: whether to draw a progress bar, where the output is a terminal.
 
@@ -75,7 +78,7 @@ def train(
       TrainingError: if the loss or the gradient becomes NaN or infinite.
       CheckpointError: if a checkpoint cannot be written or read.
     """
-    run = Run(experiment, Path(run_dir).expanduser(), checkpoint_dir, params)
+    run = Run(experiment, Path(run_dir).expanduser(), checkpoint_dir, params, init_from)
     echo(f"{experiment.name}\n{run.plan}")
     try:
         log = MetricsLog(run.run_dir, run.step, experiment.name, experiment.wandb, run.saved_config)

@@ -69,6 +69,7 @@ class Run:
         run_dir: Path,
         checkpoint_dir: str | Path | None = None,
         params: Any = None,
+        init_from: str = "",
     ) -> None:
         """Prepares a run; arguments and errors as of `lm.train.loop.train`."""
         self.experiment, self.config, self.run_dir = experiment, experiment.train, run_dir
@@ -85,7 +86,7 @@ class Run:
             )
         self.data: Data = experiment.data.make()
         check_tokenizer(self.data.tokenizer, experiment.model.vocab_size)
-        self.saved_config = config_of(experiment, self.data.fingerprint)
+        self.saved_config = config_of(experiment, self.data.fingerprint, init_from)
         check_run_dir(run_dir, self.saved_config)
 
         where = as_path(checkpoint_dir or run_dir / "checkpoints")
@@ -94,6 +95,7 @@ class Run:
         if existing and self.step:
             state, self.standing = self.restore(existing)
         else:
+            params = params() if callable(params) else params
             state = init_state(self.recipe, self.config.seed, self.state_mesh, params)
             self.standing = Standing()
         self.batches = self.data.train(self.config.batch_size, self.config.seed, self.step)

@@ -15,11 +15,12 @@ CONFIG = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 
 
-def config_of(experiment: Experiment, fingerprint: str) -> dict[str, Any]:
+def config_of(experiment: Experiment, fingerprint: str, init_from: str = "") -> dict[str, Any]:
     """Returns what is saved with a run: the experiment, its data, and what software made it."""
     return {
         "experiment": to_json(experiment),
         "data": fingerprint,
+        "init_from": init_from,
         "versions": {"python": platform.python_version(), **installed_versions()},
         "commit": git_commit(),
     }
@@ -46,6 +47,7 @@ def check_config(where: Any, there: dict[str, Any], here: dict[str, Any]) -> Non
     try:
         found = differences(there["experiment"], here["experiment"])
         found |= differences(there["data"], here["data"], "data's fingerprint")
+        found |= differences(there.get("init_from", ""), here["init_from"], "init_from")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{where} is not of a run of this package: choose another place"

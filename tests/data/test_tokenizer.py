@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import itertools
 import json
 import random
@@ -245,3 +246,16 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 def test_all_answer_the_protocol(bpe):
     assert isinstance(bpe, Tokenizer) and isinstance(teeny_gpt_tokenizer(), Tokenizer)
     assert isinstance(bpe, SubwordTokenizer) and isinstance(char_tokenizer("a"), CharTokenizer)
+
+
+def test_the_start_and_the_chat_template_are_saved(tmp_path, bpe):
+    changed = dataclasses.replace(bpe, starts=False, chat_template="{{ messages }}")
+    changed.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.starts, again.chat_template) == (False, "{{ messages }}")
+    config = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    (tmp_path / "chat_template.jinja").unlink()
+    again = load_tokenizer(tmp_path)
+    assert (again.starts, again.chat_template) == (True, "b")

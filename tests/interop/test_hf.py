@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from lm.core.paths import flatten
 from lm.interop import hf
 from lm.interop.loaded import Loaded
 from tests.conformance.harness import FAMILIES, cells, tiny
@@ -124,3 +126,18 @@ def test_bad_ids_are_named():
     with pytest.raises(ValueError, match="only an encoder-decoder"):
         loaded.logits([[1, 2]], targets=[[1]])
     assert FAMILIES["gpt2"].build(**FAMILIES["gpt2"].tiny) == model
+
+
+def test_old_names_of_norms_are_read(tmp_path):
+    model, params = tiny("bert")
+    path = hf.save_directory(Loaded(model, params), tmp_path / "out")
+    tensors = load_file(path / "model.safetensors")
+    old = {}
+    for name, array in tensors.items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = array
+    assert old.keys() != tensors.keys()
+    save_file(old, path / "model.safetensors")
+    left, right = flatten(hf.load_directory(path).params), flatten(params)
+    assert left.keys() == right.keys()
+    assert all((left[name] == np.asarray(right[name])).all() for name in left)
