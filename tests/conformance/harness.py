@@ -59,6 +59,10 @@ def loss_fn(model, params, tokens, ctx):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1).mean()
 
 
+# Compiled once for all the tests of a family.
+grads_of = jax.jit(jax.grad(loss_fn, argnums=1), static_argnums=0)
+
+
 def cells(cell: str):
     """Rows of a column: each family, but those that give a reason why the cell is not theirs."""
     return [name for name, family in FAMILIES.items() if cell not in family.inapplicable]

@@ -25,6 +25,7 @@ from tests.conformance.harness import (
     T,
     cells,
     forward,
+    grads_of,
     loss_fn,
     random_tokens,
     tiny,
@@ -71,7 +72,7 @@ def test_pure(name):
 
     mapped = jax.jit(jax.vmap(one_row))(tokens, ctx.source_BS)
     np.testing.assert_allclose(mapped, first, atol=1e-5)
-    grads = jax.jit(jax.grad(lambda p: loss_fn(model, p, tokens, ctx)))(params)
+    grads = grads_of(model, params, tokens, ctx)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     assert hash(model) == hash(FAMILIES[name].build(**FAMILIES[name].tiny))
 
@@ -113,10 +114,9 @@ def test_remat_keeps_gradients(name):
     model, params = tiny(name)
     tokens = random_tokens(model)
     ctx = with_source(model, Context(unroll=1), tokens)
-    grad = jax.jit(jax.grad(loss_fn, argnums=1), static_argnums=0)
-    plain = grad(model, params, tokens, ctx)
+    plain = grads_of(model, params, tokens, ctx)
     for policy in ("dots", "full"):
-        remat = grad(model, params, tokens, ctx.replace(remat=policy))
+        remat = grads_of(model, params, tokens, ctx.replace(remat=policy))
         for path, leaf in flatten(plain).items():
             np.testing.assert_allclose(flatten(remat)[path], leaf, atol=1e-6, err_msg=path)
 
@@ -297,12 +297,11 @@ def test_every_leaf_has_a_gradient(name):
             logits = model.apply({"params": params}, tokens, ctx, method="classify")
             return loss_fn(model, params, tokens, ctx) + jnp.square(logits).sum()
 
+        grads = jax.jit(jax.grad(loss))(params)
     else:
+        grads = grads_of(model, params, tokens, ctx)
 
-        def loss(params):
-            return loss_fn(model, params, tokens, ctx)
-
-    for path, grad in flatten(jax.jit(jax.grad(loss))(params)).items():
+    for path, grad in flatten(grads).items():
         assert jnp.isfinite(grad).all(), path
         if path.endswith("/k/bias"):
             assert jnp.abs(grad).max() < 1e-5, path
