@@ -2,7 +2,8 @@
 
     lm train experiments/bbc_topics.py
 
-MEASURED_BBC
+Not measured yet. At the end it prints accuracy and macro-F1 on the test split beside the commonest
+label and beside logistic regression on tf-idf, which needs `pip install -e '.[eval]'`.
 """
 
 from lm.data.labelled import LabelledData
