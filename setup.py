@@ -41,6 +41,7 @@ setup(
         "plan": ["libtpu"],
         "tfds": ["tensorflow"],
         "wandb": ["wandb"],
+        "eval": ["scikit-learn>=1.4"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -52,6 +53,7 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
+            "scikit-learn>=1.4",
             "ruff>=0.14",
             "pyright>=1.1.400",
         ],

@@ -15,8 +15,10 @@ from lm.core.overrides import apply_overrides, list_fields
 from lm.data.corpus import TextData
 from lm.data.inspect import inspect_source
 from lm.data.inspect import train_tokenizer as make_tokenizer
+from lm.data.labelled import LabelledData
 from lm.data.source import load_source
 from lm.data.tokenizer import load_tokenizer
+from lm.eval.classification import classification_report
 from lm.eval.perplexity import evaluate as measure
 from lm.eval.samples import draw_samples, write_samples
 from lm.infer.generate import generate as continue_texts
@@ -72,8 +74,19 @@ def train(
 
 
 def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> None:
-    """Prints bits per character beside n-gram models, and ten samples at two temperatures."""
+    """Prints bits per character beside n-gram models, and ten samples at two temperatures.
+
+    Of a classifier it prints accuracy and macro-F1 beside baselines.
+    """
     loaded = load(result.run_dir, checkpoint_dir=checkpoint_dir or None)
+    if isinstance(experiment.data, LabelledData):
+        data = experiment.data.make(loaded.tokenizer)
+        rows = classification_report(loaded.model, loaded.params, data, experiment.train.batch_size)
+        print(f"test, {len(data.splits['test']):,} texts     accuracy  macro-F1")
+        for name, scores in rows.items():
+            print(f"  {name:<24} {scores['accuracy']:.3f}     {scores['macro_f1']:.3f}")
+        (result.run_dir / "classification.json").write_text(json.dumps(rows, indent=1) + "\n")
+        return
     if result.best_loss is not None and hasattr(experiment.data, "make"):
         data = experiment.data.make(loaded.tokenizer)
         bits = {"this model": data.bits_per_character(result.best_loss), **data.baselines()}

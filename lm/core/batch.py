@@ -21,7 +21,10 @@ class Batch:
       token_types: (B, T) int32 sentence ids (BERT), or None.
       source: (B, S) int32, what an encoder-decoder's encoder reads, or None.
       source_segments: (B, S) int32, as `segments`, for the source; or None.
-      labels: (B,) int32 class labels, or None.
+      labels: (B,) int32 class labels or the numbers of the right choices, (B, 2) int32 first and
+        last place of a span; or None.
+
+    Where each row has C choices, `tokens` and what belongs to them are (B, C, T).
     """
 
     tokens: Array

@@ -26,11 +26,13 @@ class Example(NamedTuple):
       weights: (T+1,) float32, how much predicting each token counts (the first one is never
         predicted), or None for 1 everywhere.
       source: (S,) ids that an encoder reads, or None.
+      label: number of the class of the document, or None.
     """
 
     tokens: np.ndarray
     weights: np.ndarray | None = None
     source: np.ndarray | None = None
+    label: int | None = None
 
 
 @dataclass(frozen=True)

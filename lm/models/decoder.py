@@ -1,4 +1,4 @@
-"""Decoders and what all models share: how a call's context is completed on the way in."""
+"""Decoders and what all models share: their heads, and how a call's context is completed."""
 
 import flax.linen as nn
 import jax
@@ -10,22 +10,13 @@ from lm.core.part import Part
 Array = jax.Array
 
 
-class Decoder(Part):
-    """embed -> stack -> head; each place sees itself and what is before it.
+class Model(Part):
+    """What models with hidden states share: heads over the vocabulary and over labels.
 
-    Attributes:
-      embed: an `Embed`.
-      stack: a `Stack`.
-      head: maps hidden states to logits; gets the embedding to tie with.
-      max_length: longest sequence the positions allow, or None.
+    A subclass has `hidden`, and the fields `embed`, `head`, `pooler` and `classifier`, of which the
+    last three may be None. `head(x_BTD, embed, ctx)` gives logits over the vocabulary;
+    `classifier(pooler(x_BTD))` those of the whole sequence, and without a pooler of every place.
     """
-
-    embed: nn.Module
-    stack: nn.Module
-    head: nn.Module
-    max_length: int | None = None
-
-    causal = True
 
     @property
     def vocab_size(self) -> int:
@@ -36,20 +27,74 @@ class Decoder(Part):
         x_BTD, state = self.hidden(tokens_BT, ctx, state)
         return self.unembed(x_BTD, ctx), state
 
+    def unembed(self, x_BTD: Array, ctx: Context = Context()) -> Array:
+        """Returns the (B, T, V) logits of hidden states, in the compute dtype.
+
+        Raises:
+          ValueError: if there is no head.
+        """
+        if self.head is None:
+            raise ValueError(
+                "this model has no head over the vocabulary: call 'hidden', 'pooled' or 'classify'"
+            )
+        return self.head(x_BTD, self.embed, ctx)
+
+    def pooled(self, tokens_BT: Array, ctx: Context = Context()) -> Array:
+        """Returns one (B, D) vector per sequence."""
+        return self.pooler(self.hidden(tokens_BT, ctx)[0], ctx)
+
+    def classify(self, tokens_BT: Array, ctx: Context = Context()) -> Array:
+        """Returns the (B, labels) logits of the sequence, or (B, T, labels) without a pooler."""
+        return self.label_logits(self.hidden(tokens_BT, ctx)[0], ctx)
+
+    def label_logits(self, x_BTD: Array, ctx: Context = Context()) -> Array:
+        """Returns the logits over the labels from (B, T, D) hidden states.
+
+        Raises:
+          ValueError: if there is no classifier.
+        """
+        if self.classifier is None:
+            raise ValueError("this model has no classifier: give it one, such as Labels((3,))")
+        return self.classifier(x_BTD if self.pooler is None else self.pooler(x_BTD, ctx), ctx)
+
+    def initialize(self, tokens_BT: Array, ctx: Context = Context()) -> None:
+        """Runs every part once, so that `init` meets every parameter."""
+        x_BTD, _ = self.hidden(tokens_BT, ctx)
+        if self.head is not None:
+            self.unembed(x_BTD, ctx)
+        if self.classifier is not None:
+            self.label_logits(x_BTD, ctx)
+        elif self.pooler is not None:
+            self.pooler(x_BTD, ctx)
+
+
+class Decoder(Model):
+    """embed -> stack -> head; each place sees itself and what is before it.
+
+    Attributes:
+      embed: an `Embed`.
+      stack: a `Stack`.
+      head: maps hidden states to logits, and gets the embedding to tie with; or None.
+      max_length: longest sequence the positions allow, or None.
+      pooler: maps hidden states to one vector per sequence (lm/layers/pool.py), or None.
+      classifier: maps that vector, or without a pooler every place, to labels (`Labels`); or None.
+    """
+
+    embed: nn.Module
+    stack: nn.Module
+    head: nn.Module | None
+    max_length: int | None = None
+    pooler: nn.Module | None = None
+    classifier: nn.Module | None = None
+
+    causal = True
+
     def hidden(self, tokens_BT: Array, ctx: Context = Context(), state=None):
         """Returns the (B, T, D) output of the stack and the decoding state (or None)."""
         ctx = enter(self, tokens_BT, ctx, state)
         layers = None if state is None else state["layers"]
         x_BTD, layers = self.stack(self.embed(tokens_BT, ctx), ctx, layers)
         return x_BTD, leave(tokens_BT, ctx, layers)
-
-    def unembed(self, x_BTD: Array, ctx: Context = Context()) -> Array:
-        """Returns the (B, T, V) logits of hidden states, in the compute dtype."""
-        return self.head(x_BTD, self.embed, ctx)
-
-    def initialize(self, tokens_BT: Array, ctx: Context = Context()) -> None:
-        """Runs every part once, so that `init` meets every parameter."""
-        self(tokens_BT, ctx)
 
 
 def enter(model, tokens_BT: Array, ctx: Context, state) -> Context:

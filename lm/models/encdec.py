@@ -2,15 +2,15 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lm.core.context import Context
-from lm.core.part import Part
-from lm.models.decoder import enter, leave
+from lm.models.decoder import Model, enter, leave
 
 Array = jax.Array
 
 
-class EncoderDecoder(Part):
+class EncoderDecoder(Model):
     """One embedding, an encoder stack, a decoder stack with cross attention, a head.
 
     The tokens are the decoder's inputs, start token included; the source comes in `ctx`. With a
@@ -20,28 +20,22 @@ class EncoderDecoder(Part):
       embed: an `Embed`, shared by both sides.
       encoder: a `Stack`.
       decoder: a `Stack` whose blocks have cross attention.
-      head: maps hidden states to logits; gets the embedding to tie with.
+      head: maps hidden states to logits, and gets the embedding to tie with; or None.
       start_id: the token that the decoder's input begins with.
       max_length: longest source and longest target the positions allow, or None.
+      pooler, classifier: over the decoder's hidden states, as of `Decoder`.
     """
 
     embed: nn.Module
     encoder: nn.Module
     decoder: nn.Module
-    head: nn.Module
+    head: nn.Module | None
     start_id: int = 0
     max_length: int | None = None
+    pooler: nn.Module | None = None
+    classifier: nn.Module | None = None
 
     causal = True
-
-    @property
-    def vocab_size(self) -> int:
-        return self.embed.vocab_size
-
-    def __call__(self, tokens_BT: Array, ctx: Context = Context(), state=None):
-        """Returns the (B, T, V) logits and the decoding state after `tokens_BT` (or None)."""
-        x_BTD, state = self.hidden(tokens_BT, ctx, state)
-        return self.unembed(x_BTD, ctx), state
 
     def encode(self, source_BS: Array, ctx: Context = Context()) -> Array:
         """Returns the (B, S, D) output of the encoder; `ctx` is that of the whole model."""
@@ -71,10 +65,15 @@ class EncoderDecoder(Part):
         x_BTD, layers = self.decoder(self.embed(tokens_BT, ctx), ctx, layers)
         return x_BTD, leave(tokens_BT, ctx, layers)
 
-    def unembed(self, x_BTD: Array, ctx: Context = Context()) -> Array:
-        """Returns the (B, T, V) logits of hidden states, in the compute dtype."""
-        return self.head(x_BTD, self.embed, ctx)
+    def classify(self, tokens_BT: Array, ctx: Context = Context()) -> Array:
+        """Returns logits over labels; both sides read `tokens_BT`, the decoder one place later.
+
+        So do T5's classes. The segments of `ctx` are those of the tokens; it needs no source.
+        """
+        start_B1 = jnp.full_like(tokens_BT[:, :1], self.start_id)
+        shifted_BT = jnp.concatenate([start_B1, tokens_BT[:, :-1]], axis=1)
+        ctx = ctx.replace(source_BS=tokens_BT, source_segments_BS=ctx.segments_BT)
+        return super().classify(shifted_BT, ctx)
 
     def initialize(self, tokens_BT: Array, ctx: Context = Context()) -> None:
-        """Runs every part once, so that `init` meets every parameter."""
-        self(tokens_BT, ctx.replace(source_BS=tokens_BT))
+        super().initialize(tokens_BT, ctx.replace(source_BS=tokens_BT))

@@ -5,64 +5,16 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.context import Context
-from lm.core.init import Init, VarianceScaling
 from lm.core.part import Part
-from lm.layers.projection import Projection
 from lm.models.decoder import Decoder
 
 Array = jax.Array
 
 
 class Encoder(Decoder):
-    """embed -> stack -> head, bidirectional, with BERT's classifier of the whole sequence.
-
-    Attributes: those of `Decoder`, of which `head` may be None, and
-      pooler: maps hidden states to one vector per sequence (`FirstToken`), or None.
-      classifier: a `Projection` of that vector (next-sentence prediction), or None.
-    """
-
-    pooler: nn.Module | None = None
-    classifier: nn.Module | None = None
+    """A `Decoder` whose places see every other: embed -> stack -> head."""
 
     causal = False
-
-    def pooled(self, tokens_BT: Array, ctx: Context = Context()) -> Array:
-        """Returns one (B, D) vector per sequence."""
-        return self.pooler(self.hidden(tokens_BT, ctx)[0], ctx)
-
-    def classify(self, tokens_BT: Array, ctx: Context = Context()) -> Array:
-        """Returns the (B, classes) logits of the whole sequence."""
-        return self.classifier(self.pooled(tokens_BT, ctx), ctx)
-
-    def unembed(self, x_BTD: Array, ctx: Context = Context()) -> Array:
-        """Returns the (B, T, V) logits of hidden states; ValueError where there is no head."""
-        if self.head is None:
-            raise ValueError("this encoder has no head: call its method 'hidden' or 'pooled'")
-        return super().unembed(x_BTD, ctx)
-
-    def initialize(self, tokens_BT: Array, ctx: Context = Context()) -> None:
-        (self.hidden if self.head is None else self)(tokens_BT, ctx)
-        if self.classifier is not None:
-            self.classify(tokens_BT, ctx)
-        elif self.pooler is not None:
-            self.pooled(tokens_BT, ctx)
-
-
-class FirstToken(Part):
-    """tanh(dense(x_0)), BERT's pooler."""
-
-    kernel_init: Init = VarianceScaling()
-
-    @nn.compact
-    def __call__(self, x_BTD: Array, ctx: Context) -> Array:
-        dense = Projection(
-            x_BTD.shape[-1:],
-            ("embed", "embed_out"),
-            bias=True,
-            kernel_init=self.kernel_init,
-            name="dense",
-        )
-        return jnp.tanh(dense(x_BTD[:, 0], ctx))
 
 
 class TwoTower(Part):

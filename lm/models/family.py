@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 
 from lm.models.foreign import Weight
+from lm.models.tasks import read_task, write_task
 from lm.ops.rotary import Llama3Scaling, Rotary
 
 REQUIRED = object()
@@ -146,33 +147,6 @@ ACTIVATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassField:
-    """An argument that a config only says by the name of a class, in `architectures`.
-
-    Attributes:
-      argument, where: as of `Field`.
-      names: their class -> our argument; the first is meant where a config names no class.
-    """
-
-    argument: str
-    where: str | Callable[[Any], Any]
-    names: Mapping[str, Any]
-
-    def read(self, config: ForeignConfig) -> Any:
-        name = (config.take("architectures", None) or list(self.names))[0]
-        if name not in self.names:
-            raise ValueError(
-                f"the config is of class {name}; for {config.model_type} only "
-                f"{', '.join(self.names)} is implemented"
-            )
-        return self.names[name]
-
-    def write(self, model: nn.Module) -> dict:
-        value = look_up(model, self.where)
-        return {"architectures": [name for name, ours in self.names.items() if ours == value]}
-
-
-@dataclasses.dataclass(frozen=True)
 class RotaryField:
     """Rotary positions, in both spellings.
 
@@ -229,6 +203,8 @@ class Family:
       ledger: rows of docs/ledger.md that it serves.
       classes: `model_type` of a config -> Hugging Face class; the first is the one written,
         unless `write_type` says otherwise.
+      heads: ending of a class's name -> the task that it is for (lm/models/tasks.py), or further
+        arguments of `build`; the first ends the names in `classes`. Empty: only those classes.
       fields: the config, key by key.
       fixed: keys that must have one of a few values; the first is written.
       inert: keys that may have any value, since they say nothing about the function computed.
@@ -244,7 +220,8 @@ class Family:
     tiny: Mapping[str, Any]
     ledger: tuple[str, ...] = ()
     classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    fields: Sequence[Field | ClassField | RotaryField] = ()
+    heads: Mapping[str, str | Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    fields: Sequence[Field | RotaryField] = ()
     fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     inert: tuple[str, ...] = ()
     weights: Callable[[Any], list[Weight]] | None = None
@@ -265,7 +242,12 @@ class Family:
             config.expect(key, *allowed)
         for key in self.inert:
             config.take(key, None)
-        model = self.build(**{field.argument: field.read(config) for field in self.fields})
+        arguments = {field.argument: field.read(config) for field in self.fields}
+        heads = self._read_heads(config)
+        if isinstance(heads, str):
+            model = read_task(config, self.build(**arguments), heads)
+        else:
+            model = self.build(**arguments, **heads)
         config.finish()
         return model
 
@@ -286,6 +268,28 @@ class Family:
             raise ValueError(f"this model is not a {self.name}: {error}") from error
         head = {"model_type": model_type, "architectures": [self.classes[model_type]]}
         values = {**head, **values, "dtype": "float32", "torch_dtype": "float32"}
-        if self.read_config(values) != model:
-            raise ValueError(f"this model is not a {self.name} that a Hugging Face config can say")
-        return values
+        values |= write_task(model)
+        for name in self._class_names(model_type):
+            values["architectures"] = [name]
+            if self.read_config(values) == model:
+                return values
+        raise ValueError(f"this model is not a {self.name} that a Hugging Face config can say")
+
+    def _class_names(self, model_type: str) -> dict[str, str | Mapping[str, Any]]:
+        """Returns class -> heads, for each class of a `model_type`."""
+        first = self.classes[model_type]
+        prefix = first.removesuffix(next(iter(self.heads), ""))
+        return {prefix + ending: heads for ending, heads in self.heads.items()} or {first: {}}
+
+    def _read_heads(self, config: ForeignConfig) -> str | Mapping[str, Any]:
+        """Reads what a config says only by the name of a class."""
+        if not self.heads:
+            return {}
+        names = self._class_names(config.take("model_type", next(iter(self.classes))))
+        name = (config.take("architectures", None) or list(names))[0]
+        if name not in names:
+            raise ValueError(
+                f"the config is of class {name}; for {config.model_type} only "
+                f"{', '.join(names)} is implemented"
+            )
+        return names[name]

@@ -6,6 +6,7 @@ The loss is loss_sum / weight_sum after both are added up over micro-batches and
 are name -> (sum, count), to be divided likewise. All losses are nats.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,20 +79,37 @@ class Masked:
     def corrupt(
         self, tokens_BT: Array, segments_BT: Array, vocab_size: int, key: Array
     ) -> tuple[Array, Array]:
-        """Returns the (B, T) tokens as the model sees them, and the (B, T) booleans of M."""
+        """Returns the (B, T) tokens as the model sees them, and the (B, T) booleans of M.
+
+        A row has at most `places` of them; what was drawn beyond that is not chosen.
+        """
         choose, show, draw = jax.random.split(key, 3)
         maskable_BT = segments_BT != 0
         for special in self.special_ids:
             maskable_BT &= tokens_BT != special
         chosen_BT = maskable_BT & (jax.random.uniform(choose, tokens_BT.shape) < self.rate)
+        chosen_BT &= jnp.cumsum(chosen_BT, axis=1) <= self.places(tokens_BT.shape[1])
         how_BT = jax.random.uniform(show, tokens_BT.shape)
         random_BT = jax.random.randint(draw, tokens_BT.shape, 0, vocab_size, tokens_BT.dtype)
         shown_BT = jnp.where(how_BT < self.masked + self.random, random_BT, tokens_BT)
         shown_BT = jnp.where(how_BT < self.masked, self.mask_id, shown_BT)
         return jnp.where(chosen_BT, shown_BT, tokens_BT), chosen_BT
 
+    def places(self, length: int) -> int:
+        """Returns for how many places of a row the head is computed.
+
+        It is the expected number of chosen ones and five standard deviations more, so that one row
+        in millions has a chosen place less than was drawn.
+        """
+        spread = math.sqrt(length * self.rate * (1 - self.rate))
+        return min(length, math.ceil(length * self.rate + 5 * spread))
+
     def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
-        """Raises ValueError if `mask_id` is not a token of the model."""
+        """Computes the head over the vocabulary at the chosen places alone.
+
+        Raises:
+          ValueError: if `mask_id` is not a token of the model.
+        """
         if not 0 <= self.mask_id < model.vocab_size:
             raise ValueError(
                 f"mask_id {self.mask_id} is not among the {model.vocab_size} tokens of the model: "
@@ -102,11 +120,27 @@ class Masked:
         shown_BT, chosen_BT = self.corrupt(
             batch.tokens, batch.segments, model.vocab_size, corrupt_key
         )
-        logits_BTV, _ = model.apply(
-            {"params": params}, shown_BT, ctx, rngs={"dropout": dropout_key}
+        # The chosen places come first, in order; a fixed number of places fits the compiler.
+        places_BM = jnp.argsort(~chosen_BT, axis=1)[:, : self.places(chosen_BT.shape[1])]
+        logits_BMV = model.apply(
+            {"params": params},
+            shown_BT,
+            places_BM,
+            ctx,
+            rngs={"dropout": dropout_key},
+            method=_logits_at,
         )
-        sums = cross_entropy(logits_BTV, batch.tokens, chosen_BT.astype(jnp.float32))
+        targets_BM, chosen_BM = (
+            jnp.take_along_axis(x_BT, places_BM, axis=1) for x_BT in (batch.tokens, chosen_BT)
+        )
+        sums = cross_entropy(logits_BMV, targets_BM, chosen_BM.astype(jnp.float32))
         return sums.nll, sums.weight, {"masked_accuracy": (sums.correct, sums.weight)}
+
+
+def _logits_at(model, tokens_BT: Array, places_BM: Array, ctx: Context) -> Array:
+    """Returns the (B, M, V) logits at the given places of each row."""
+    x_BTD, _ = model.hidden(tokens_BT, ctx)
+    return model.unembed(jnp.take_along_axis(x_BTD, places_BM[..., None], axis=1), ctx)
 
 
 @dataclass(frozen=True)
@@ -143,23 +177,87 @@ class AlphaMix:
 class Conditional:
     """-ln p(y | x): ordinary finetuning of a classifier on `batch.labels`.
 
-    The model has `classify` (an `Encoder` with a classifier, a `DecoderClassifier`).
+    The model has `classify` with a pooler (`lm.models.tasks.for_task` with 'sequence').
     """
 
     def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
-        logits_BC = model.apply(
-            {"params": params},
-            batch.tokens,
-            context_of(batch, ctx),
-            rngs={"dropout": key},
-            method="classify",
+        return label_losses(classify(model, params, batch, ctx, key), batch)
+
+
+@dataclass(frozen=True)
+class Tags:
+    """-sum_t w_t ln p(y_t | x): a label for every place.
+
+    The labels are `batch.targets` and count by `batch.weights`; 0 ignores a place.
+    """
+
+    def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
+        logits_BTC = classify(model, params, batch, ctx, key)
+        sums = cross_entropy(logits_BTC, batch.targets, batch.weights)
+        return sums.nll, sums.weight, {"label_accuracy": (sums.correct, sums.weight)}
+
+
+@dataclass(frozen=True)
+class Span:
+    """-ln p(begin | x) - ln p(end | x): which places an answer begins and ends at, inclusively.
+
+    `batch.labels` is (B, 2); the softmax is over the places that are not padding. Each end is one
+    prediction of the mean, and does not count where its label is no such place.
+    """
+
+    def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
+        real_BT1 = batch.segments[..., None] != 0
+        logits_BT2 = classify(model, params, batch, ctx, key).astype(jnp.float32)
+        logits_B2T = jnp.where(real_BT1, logits_BT2, -1e30).swapaxes(1, 2)
+        labels_B2 = labels_of(batch)
+        length = batch.segments.shape[1]
+        place_B2 = jnp.clip(labels_B2, 0, length - 1)
+        inside_B2 = (labels_B2 == place_B2) & (
+            jnp.take_along_axis(batch.segments, place_B2, axis=1) != 0
         )
-        return label_losses(logits_BC, batch)
+        sums = cross_entropy(logits_B2T, place_B2, inside_B2.astype(jnp.float32))
+        exact_B = (logits_B2T.argmax(axis=-1) == labels_B2).all(axis=1)
+        count_B = inside_B2.all(axis=1)
+        metrics = {
+            "label_accuracy": (sums.correct, sums.weight),
+            "exact_match": ((exact_B & count_B).sum(), count_B.sum()),
+        }
+        return sums.nll, sums.weight, metrics
+
+
+@dataclass(frozen=True)
+class Choice:
+    """-ln p(choice): the right one of C sequences, by the softmax over their scores.
+
+    `batch.labels` is (B,); `tokens`, `segments`, `positions` and `token_types` are (B, C, T).
+    """
+
+    def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
+        if batch.tokens.ndim != 3:
+            raise ValueError(
+                f"choices are tokens of shape (rows, choices, places), not {batch.tokens.shape}"
+            )
+        names = ("tokens", "segments", "positions", "token_types")
+        fields = {name: getattr(batch, name) for name in names}
+        flat = {
+            name: field.reshape(-1, field.shape[-1])
+            for name, field in fields.items()
+            if field is not None
+        }
+        scores = classify(model, params, batch.replace(**flat), ctx, key)
+        return label_losses(scores.reshape(batch.tokens.shape[:2]), batch)
+
+
+def classify(model, params, batch: Batch, ctx: Context, key: Array) -> Array:
+    """Returns the logits of a model's classifier, with the positions and segments of a batch."""
+    ctx = context_of(batch, ctx)
+    rngs = {"dropout": key}
+    return model.apply({"params": params}, batch.tokens, ctx, rngs=rngs, method="classify")
 
 
 @dataclass(frozen=True)
 class Joint:
-    """-ln p(x, y) = -ln p(x) - ln p(y | x), for a `DecoderClassifier`.
+    """-ln p(x, y) = -ln p(x) - ln p(y | x), for a decoder with a classifier beside its head.
 
     The label is one more prediction after the text's; the mean is over all of them.
     """
@@ -184,12 +282,18 @@ def _text_and_label(model, tokens_BT: Array, ctx: Context) -> tuple[Array, Array
     return model.unembed(x_BTD, ctx), model.label_logits(x_BTD, ctx)
 
 
-def label_losses(logits_BC: Array, batch: Batch) -> Losses:
-    """Returns the sums of -ln p(label), over the rows that are not padding."""
+def labels_of(batch: Batch) -> Array:
+    """Returns the labels of a batch; ValueError where there are none."""
     if batch.labels is None:
         raise ValueError("this objective needs labels, and the batches have none")
-    real_B = (batch.segments != 0).any(axis=1).astype(jnp.float32)
-    nll_B = token_nll(logits_BC[:, None], batch.labels[:, None])[:, 0]
-    correct_B = logits_BC.argmax(axis=-1) == batch.labels
+    return batch.labels
+
+
+def label_losses(logits_BC: Array, batch: Batch) -> Losses:
+    """Returns the sums of -ln p(label), over the rows that are not padding."""
+    labels_B = labels_of(batch)
+    real_B = (batch.segments != 0).reshape(len(labels_B), -1).any(axis=1).astype(jnp.float32)
+    nll_B = token_nll(logits_BC[:, None], labels_B[:, None])[:, 0]
+    correct_B = logits_BC.argmax(axis=-1) == labels_B
     count = real_B.sum()
     return (real_B * nll_B).sum(), count, {"label_accuracy": ((real_B * correct_B).sum(), count)}

@@ -135,7 +135,7 @@ class Run:
         """Compiles the step for the shape of the batches, which it learns from the first."""
         first = next(self.data.train(self.config.batch_size, self.config.seed, self.step))
         check_batch(first, self.experiment.model.vocab_size)
-        rows, length = first.tokens.shape
+        rows, length = first.tokens.reshape(-1, first.tokens.shape[-1]).shape
         self.shape = rows * jax.process_count(), length
         self.temporary_bytes = None
         if self.is_pmap:

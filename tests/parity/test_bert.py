@@ -147,8 +147,8 @@ def test_masked_model_leaves_what_else_it_was_trained_with():
 
 def test_other_classes_are_named():
     config = make_torch("BertModel").config.to_diff_dict() | {"model_type": "bert"}
-    with pytest.raises(ValueError, match="BertForQuestionAnswering"):
-        FAMILY.read_config(config | {"architectures": ["BertForQuestionAnswering"]})
+    with pytest.raises(ValueError, match="BertLMHeadModel"):
+        FAMILY.read_config(config | {"architectures": ["BertLMHeadModel"]})
     with pytest.raises(ValueError, match="position_embedding_type"):
         FAMILY.read_config(config | {"position_embedding_type": "relative_key"})
 

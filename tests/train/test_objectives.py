@@ -11,11 +11,13 @@ import pytest
 from lm.core.batch import Batch
 from lm.core.context import Context
 from lm.core.paths import flatten, map_with_path, partition
-from lm.layers.projection import Projection
+from lm.layers.head import Labels
+from lm.layers.pool import LastToken
 from lm.models import params as P
-from lm.models.classifier import DecoderClassifier
+from lm.models.decoder import Decoder
 from lm.models.families import bert, gpt2
 from lm.models.families.teeny_gpt import teeny_gpt
+from lm.ops.loss import cross_entropy
 from lm.train.objectives import AlphaMix, Conditional, Generative, Joint, Masked
 
 torch = pytest.importorskip("torch")
@@ -186,14 +188,76 @@ def test_unmasked_places_have_no_gradient_through_the_head():
         def __init__(self, extra):
             self.extra = extra
 
-        def apply(self, *args, **kwargs):
-            logits, state = model.apply(*args, **kwargs)
-            return logits + self.extra, state
+        def apply(self, variables, tokens, places, *args, **kwargs):
+            logits = model.apply(variables, tokens, places, *args, **kwargs)
+            return logits + jnp.take_along_axis(self.extra, places[..., None], axis=1)
 
     grad = jax.grad(lambda extra: MASKED(Probe(extra), params, batch, Context(), KEY)[0])
     grads = grad(jnp.zeros((B, T, V)))
     assert (grads[~chosen] == 0).all()
     assert (jnp.abs(grads[chosen]).max(-1) > 0).all()
+
+
+class EveryPlace(Masked):
+    """The same loss, its head computed at every place and weighed afterwards."""
+
+    def __call__(self, model, params, batch, ctx, key):
+        corrupt_key, dropout_key = jax.random.split(key)
+        shown, chosen = self.corrupt(batch.tokens, batch.segments, model.vocab_size, corrupt_key)
+        ctx = ctx.replace(segments_BT=batch.segments, causal=False)
+        logits, _ = model.apply({"params": params}, shown, ctx, rngs={"dropout": dropout_key})
+        sums = cross_entropy(logits, batch.tokens, chosen.astype(jnp.float32))
+        return sums.nll, sums.weight, {"masked_accuracy": (sums.correct, sums.weight)}
+
+
+@pytest.mark.ledger("L59")
+@pytest.mark.parametrize("rate", [0.15, 1.0])
+def test_head_at_masked_places_equals_head_everywhere(rate):
+    """Loss, counts and gradients; no row lacks a place that was drawn."""
+    model = bert.FAMILY.build(**bert.FAMILY.tiny, heads="masked", dropout=0.1)
+    params = random_params(model)
+    batch = random_batch(rows=4, length=32, vocab_size=61)
+    options = dict(mask_id=60, rate=rate)
+    ctx = Context(deterministic=False)
+
+    def run(objective):
+        def loss(params):
+            total, *rest = objective(model, params, batch, ctx, KEY)
+            return total, rest
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (ours, counts), grads = run(Masked(**options))
+    (theirs, expected), other = run(EveryPlace(**options))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert counts == expected and counts[0] > 0
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(other))
+    for path, leaf in flatten(other).items():
+        np.testing.assert_allclose(flatten(grads)[path], leaf, atol=1e-6 * scale, err_msg=path)
+
+
+@pytest.mark.ledger("L59")
+def test_head_at_masked_places_costs_less():
+    """Memory and FLOPs of a step as XLA counts them, over a vocabulary of BERT's size."""
+    model = bert.FAMILY.build(**bert.FAMILY.tiny | dict(vocab_size=30522), heads="masked")
+    batch = random_batch(rows=4, length=128, vocab_size=30522)
+
+    def cost(objective):
+        step = jax.jit(jax.grad(lambda p: objective(model, p, batch, Context(), KEY)[0]))
+        compiled = step.lower(P.abstract(model)).compile()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    (flops, memory), (all_flops, all_memory) = map(cost, (Masked(mask_id=3), EveryPlace(mask_id=3)))
+    assert flops < 0.5 * all_flops
+    assert memory < 0.5 * all_memory
+
+
+def test_a_row_has_no_more_masked_places_than_the_head_has():
+    masked = Masked(mask_id=3, rate=0.15)
+    assert masked.places(512) == 118 and Masked(mask_id=3, rate=1.0).places(7) == 7
+    ones = jnp.ones((2000, 16), jnp.int32)
+    _, chosen = jax.jit(masked.corrupt, static_argnums=2)(ones, ones, 61, KEY)
+    assert chosen.sum(axis=1).max() <= masked.places(16)
 
 
 @pytest.mark.ledger("L13")
@@ -270,12 +334,13 @@ def test_alpha_mix(alpha):
 
 def classifier_model():
     model = make_model()
-    return DecoderClassifier(
+    return Decoder(
         model.embed,
         model.stack,
         model.head,
         max_length=T,
-        classifier=Projection((4,), ("embed", "classes"), bias=True),
+        pooler=LastToken(),
+        classifier=Labels((4,)),
     )
 
 

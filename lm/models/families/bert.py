@@ -7,14 +7,17 @@ from lm.layers.embed import Embed, Entry
 from lm.layers.head import MaskedHead
 from lm.layers.mlp import MLP
 from lm.layers.norm import LayerNorm
+from lm.layers.pool import Dense, FirstToken
 from lm.layers.position import LearnedPositions
 from lm.layers.projection import Projection
-from lm.models.encoder import Encoder, FirstToken
-from lm.models.family import ActivationField, ClassField, Family, Field
+from lm.models.encoder import Encoder
+from lm.models.family import ActivationField, Family, Field
 from lm.models.foreign import Weight, attention, in_layers, layer_norm, projection
 from lm.models.stack import Stack
+from lm.models.tasks import TASKS, classifier_rows
 
-CLASSES = {"BertForPreTraining": "pretraining", "BertForMaskedLM": "masked", "BertModel": None}
+HEADS = {"ForPreTraining": "pretraining", "ForMaskedLM": "masked", "Model": None}
+CLASSIFIERS = dict.fromkeys(TASKS.values(), "classifier") | {"span": "qa_outputs"}
 
 
 def bert(
@@ -31,25 +34,22 @@ def bert(
     heads: str | None = "pretraining",
 ) -> Encoder:
     """Returns the encoder; `heads` is 'pretraining', 'masked' (no pooler) or None (only that)."""
-    if heads not in CLASSES.values():
+    if heads not in HEADS.values():
         raise ValueError(f"heads is 'pretraining', 'masked' or None, not {heads!r}")
     norm = LayerNorm(eps)
     mixer = Attention(
         num_heads, num_features // num_heads, qkv_bias=True, out_bias=True, kernel_init=Normal()
     )
     mlp = MLP(mlp_features, activation, kernel_init=Normal())
+    block = Block(PostNorm(mixer, norm, dropout), PostNorm(mlp, norm, dropout))
     positions = LearnedPositions(max_length, table_init=Normal())
     next_sentence = Projection((2,), ("embed", "classes"), bias=True, kernel_init=Normal())
     return Encoder(
         Embed(vocab_size, num_features, table_init=Normal()),
-        Stack(
-            (Block(PostNorm(mixer, norm, dropout), PostNorm(mlp, norm, dropout)),),
-            num_layers,
-            entry=Entry(positions, num_token_types, norm, dropout),
-        ),
+        Stack((block,), num_layers, entry=Entry(positions, num_token_types, norm, dropout)),
         MaskedHead(norm, activation, kernel_init=Normal()) if heads else None,
         max_length=max_length,
-        pooler=None if heads == "masked" else FirstToken(kernel_init=Normal()),
+        pooler=None if heads == "masked" else Dense(FirstToken(), kernel_init=Normal()),
         classifier=next_sentence if heads == "pretraining" else None,
     )
 
@@ -66,7 +66,6 @@ FIELDS = [
     ActivationField("activation", "hidden_act", f"{BLOCK}.mlp.layer.activation", "gelu"),
     Field("eps", "layer_norm_eps", "stack.entry.norm.eps", 1e-12),
     Field("dropout", "hidden_dropout_prob", f"{BLOCK}.mixer.dropout", 0.1),
-    ClassField("heads", lambda m: m.head and ("pretraining" if m.pooler else "masked"), CLASSES),
 ]
 NAMES = ("self.query", "self.key", "self.value", "output.dense")
 ROWS = [
@@ -79,7 +78,7 @@ ROWS = [
 
 
 def weights(model: Encoder) -> list[Weight]:
-    body = "" if model.head is None else "bert."
+    body = "" if model.head is None and model.classifier is None else "bert."
     words = f"{body}embeddings."
     rows = [
         Weight("embed/table", f"{words}word_embeddings.weight"),
@@ -92,11 +91,11 @@ def weights(model: Encoder) -> list[Weight]:
         rows += projection("head/dense", "cls.predictions.transform.dense")
         rows += layer_norm("head/norm", "cls.predictions.transform.LayerNorm")
         rows += [Weight("head/bias", "cls.predictions.bias")]
+        if model.classifier is not None:
+            rows += projection("classifier", "cls.seq_relationship")
     if model.pooler is not None:
         rows += projection("pooler/dense", f"{body}pooler.dense")
-    if model.classifier is not None:
-        rows += projection("classifier", "cls.seq_relationship")
-    return rows
+    return rows + classifier_rows(model, CLASSIFIERS)
 
 
 LARGE = dict(num_features=1024, num_heads=16, num_layers=24, mlp_features=4096)
@@ -107,6 +106,7 @@ FAMILY = Family(
     tiny=dict(vocab_size=61, num_features=32, num_heads=4, num_layers=3, mlp_features=48),
     ledger=("B12", "B47", "L16", "L18"),
     classes={"bert": "BertForPreTraining"},
+    heads={name: dict(heads=heads) for name, heads in HEADS.items()} | TASKS,
     fields=FIELDS,
     fixed={"position_embedding_type": ("absolute",), "tie_word_embeddings": (True,)},
     weights=weights,

@@ -12,8 +12,9 @@ from lm.layers.norm import LayerNorm
 from lm.layers.position import LearnedPositions
 from lm.models.decoder import Decoder
 from lm.models.family import Family, Field
-from lm.models.foreign import Linear, Vector, Weight, in_layers
+from lm.models.foreign import Linear, Vector, Weight, in_layers, layer_norm
 from lm.models.stack import Stack
+from lm.models.tasks import DECODER_TASKS, classifier_rows
 
 
 def gpt2(
@@ -73,14 +74,12 @@ FIXED = {
 }
 CONV1D = Linear(transposed=False)
 ROWS = [
-    Weight("mixer/norm/scale", "ln_1.weight"),
-    Weight("mixer/norm/bias", "ln_1.bias"),
+    *layer_norm("mixer/norm", "ln_1"),
     Weight(tuple(f"mixer/layer/{p}/kernel" for p in "qkv"), "attn.c_attn.weight", CONV1D),
     Weight(tuple(f"mixer/layer/{p}/bias" for p in "qkv"), "attn.c_attn.bias", Vector()),
     Weight("mixer/layer/out/kernel", "attn.c_proj.weight", Linear(2, transposed=False)),
     Weight("mixer/layer/out/bias", "attn.c_proj.bias"),
-    Weight("mlp/norm/scale", "ln_2.weight"),
-    Weight("mlp/norm/bias", "ln_2.bias"),
+    *layer_norm("mlp/norm", "ln_2"),
     Weight("mlp/layer/up/kernel", "mlp.c_fc.weight", CONV1D),
     Weight("mlp/layer/up/bias", "mlp.c_fc.bias"),
     Weight("mlp/layer/down/kernel", "mlp.c_proj.weight", CONV1D),
@@ -93,8 +92,8 @@ def weights(model: Decoder) -> list[Weight]:
         Weight("embed/table", "transformer.wte.weight"),
         Weight("stack/entry/positions/table", "transformer.wpe.weight"),
         *in_layers(ROWS, "stack/pattern/blocks_0/", "transformer.h.{}."),
-        Weight("stack/norm/scale", "transformer.ln_f.weight"),
-        Weight("stack/norm/bias", "transformer.ln_f.bias"),
+        *layer_norm("stack/norm", "transformer.ln_f"),
+        *classifier_rows(model, dict(sequence="score", token="classifier", span="qa_outputs")),
     ]
 
 
@@ -110,6 +109,7 @@ FAMILY = Family(
     tiny=dict(vocab_size=61, max_length=64, num_features=32, num_heads=4, num_layers=3),
     ledger=("B22", "B51", "N53"),
     classes={"gpt2": "GPT2LMHeadModel"},
+    heads={"LMHeadModel": {}, **DECODER_TASKS},
     fields=FIELDS,
     fixed=FIXED,
     weights=weights,

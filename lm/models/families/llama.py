@@ -9,8 +9,9 @@ from lm.layers.mlp import GLU
 from lm.layers.norm import RMSNorm
 from lm.models.decoder import Decoder
 from lm.models.family import Family, Field, RotaryField, look_up
-from lm.models.foreign import Linear, Weight, in_layers
+from lm.models.foreign import Linear, Weight, in_layers, projection
 from lm.models.stack import Stack
+from lm.models.tasks import DECODER_TASKS, classifier_rows, task_of
 from lm.ops.rotary import Llama3Scaling, Rotary
 
 
@@ -68,21 +69,25 @@ ROWS = [
     *(Weight(f"mixer/layer/{p}/kernel", f"self_attn.{p}_proj.weight", Linear()) for p in "qkv"),
     Weight("mixer/layer/out/kernel", "self_attn.o_proj.weight", Linear(2)),
     Weight("mlp/norm/scale", "post_attention_layernorm.weight"),
-    *(
-        Weight(f"mlp/layer/{p}/kernel", f"mlp.{p}_proj.weight", Linear())
-        for p in ("gate", "up", "down")
-    ),
+    *(projection(f"mlp/layer/{p}", f"mlp.{p}_proj", bias=False)[0] for p in ("gate", "up", "down")),
 ]
 
 
 def weights(model: Decoder) -> list[Weight]:
-    tied = isinstance(model.head, TiedHead)
+    # LlamaForQuestionAnswering alone calls its body otherwise; Mistral's class does not.
+    odd = task_of(model) == "span" and model_type(model) == "llama"
+    body = "transformer" if odd else "model"
     return [
-        Weight("embed/table", "model.embed_tokens.weight"),
-        *in_layers(ROWS, "stack/pattern/blocks_0/", "model.layers.{}."),
-        Weight("stack/norm/scale", "model.norm.weight"),
-        *([] if tied else [Weight("head/kernel", "lm_head.weight", Linear())]),
+        Weight("embed/table", f"{body}.embed_tokens.weight"),
+        *in_layers(ROWS, "stack/pattern/blocks_0/", f"{body}.layers.{{}}."),
+        Weight("stack/norm/scale", f"{body}.norm.weight"),
+        *(projection("head", "lm_head", bias=False) if isinstance(model.head, Head) else []),
+        *classifier_rows(model, dict(sequence="score", token="score", span="qa_outputs")),
     ]
+
+
+def model_type(model: Decoder) -> str:
+    return "llama" if look_up(model, f"{BLOCK}.mixer.layer.window") is None else "mistral"
 
 
 LLAMA3 = dict(vocab_size=128256, num_kv_heads=8, max_length=8192, rotary=Rotary(theta=500000.0))
@@ -96,13 +101,9 @@ FAMILY = Family(
         "llama2-70b": dict(**LARGE, num_kv_heads=8),
         "llama3-8b": dict(**LLAMA3, mlp_features=14336),
         "llama3-70b": dict(**LLAMA3, **LARGE),
-        "llama3.1-8b": dict(
-            **{**LLAMA3, "max_length": 131072, "rotary": Rotary(500000.0, Llama3Scaling())},
-            mlp_features=14336,
-        ),
-        "mistral-7b": dict(
-            num_kv_heads=8, mlp_features=14336, max_length=32768, window=4096
-        ),
+        "llama3.1-8b": LLAMA3
+        | dict(max_length=131072, rotary=Rotary(500000.0, Llama3Scaling()), mlp_features=14336),
+        "mistral-7b": dict(num_kv_heads=8, mlp_features=14336, max_length=32768, window=4096),
     },
     tiny=dict(
         vocab_size=61, max_length=64, num_features=32, num_heads=4, num_kv_heads=2, num_layers=3,
@@ -110,9 +111,8 @@ FAMILY = Family(
     ),
     ledger=("B54", "B55", "B57", "N07", "L36"),
     classes={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
-    write_type=lambda model: (
-        "llama" if look_up(model, f"{BLOCK}.mixer.layer.window") is None else "mistral"
-    ),
+    heads={"ForCausalLM": {}, **DECODER_TASKS},
+    write_type=model_type,
     fields=FIELDS,
     fixed=FIXED,
     weights=weights,

