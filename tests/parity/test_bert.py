@@ -196,6 +196,6 @@ def test_two_tower_shares_the_api():
     )
     np.testing.assert_allclose(apply(params, tokens, padded), similarities, atol=1e-6)
     moved = apply(params, tokens, ctx.replace(source_BS=source.at[:, 3].add(-1)))
-    assert (jnp.abs(moved - similarities) > 1e-4).all()
+    assert (jnp.abs(moved - similarities) > 1e-5).all()  # Rounding is a hundredth of that.
     grads = jax.jit(jax.grad(lambda p: jnp.trace(apply(p, tokens, ctx))))(params)
     assert all(jnp.abs(grads[side]["embed"]["table"]).max() > 0 for side in params)
