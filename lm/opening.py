@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.config import from_json
-from lm.core.mesh import param_sharding
+from lm.core.mesh import param_sharding, replicated
 from lm.core.paths import flatten, map_with_path
 from lm.data.tokenizer import load_tokenizer
 from lm.interop import hf
 from lm.interop.loaded import Loaded
+from lm.models import adapters
 from lm.models import params as P
 from lm.train.checkpoint import load_params
 
@@ -69,10 +70,12 @@ def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) ->
     """Opens a run directory of `lm train`."""
     config = path / "config.json"
     try:
-        model = from_json(json.loads(config.read_text())["experiment"]["model"])
+        experiment = json.loads(config.read_text())["experiment"]
+        model, lora = from_json(experiment["model"]), from_json(experiment.get("adapter"))
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{config} is not the config of a run: {error}") from error
-    params, _ = load_params(checkpoint_dir or path / "checkpoints", P.abstract(model), step)
+    shapes = P.abstract(model) if lora is None else adapters.abstract(model, lora)
+    params, _ = load_params(checkpoint_dir or path / "checkpoints", shapes, step)
     return Loaded(model, params, load_tokenizer(path))
 
 
@@ -98,6 +101,8 @@ def place(model: Any, params: Any, dtype: str, mesh: Any) -> Any:
         leaf = leaf.astype(jnp.dtype(dtype))
         if axes is None:
             return jnp.asarray(leaf)
+        if path not in axes:
+            return jax.device_put(leaf, replicated(mesh))
         return jax.device_put(leaf, param_sharding(mesh, axes[path], leaf.shape, path))
 
     return map_with_path(put, params)
