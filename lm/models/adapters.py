@@ -235,7 +235,7 @@ def merge(params: Params) -> dict:
       ValueError: if there is no adapter, or there are several.
     """
     flat = dict(flatten(params))
-    for path in _single(flat):
+    for path in single(flat):
         leaves, kernel = beside(flat, path), flat[path]
         whole = jnp.asarray(kernel, jnp.float32) + product(leaves, kernel.shape)
         if "m" in leaves:
@@ -259,7 +259,7 @@ def unmerge(merged: Params, adapter: Params) -> dict:
         keep the base instead. Or as of `merge`.
     """
     flat = dict(flatten(join(merged, adapter)))
-    for path in _single(flat):
+    for path in single(flat):
         leaves, kernel = beside(flat, path), flat[path]
         if "m" in leaves:
             raise ValueError(
@@ -333,7 +333,7 @@ def select(params: Params, index: int) -> dict:
     return unflatten(flat)
 
 
-def _single(flat: Mapping[str, Any]) -> list[str]:
+def single(flat: Mapping[str, Any]) -> list[str]:
     """Returns the adapted kernels; ValueError if there are none, or several adapters each."""
     paths = adapted(flat)
     if not paths:

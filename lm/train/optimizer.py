@@ -1,7 +1,8 @@
 """Optimizers as values: AdamW and Muon, by group, after clipping all trained gradients together.
 
 Weight decay acts on leaves named `kernel`, `lora_a` and `lora_b`, the matrices that multiply
-activations, and on nothing else: not on embedding and position tables, norms, biases, or other vectors.
+activations, and on nothing else: not on embedding and position tables, norms, biases, or other
+vectors.
 """
 
 from collections.abc import Callable, Mapping

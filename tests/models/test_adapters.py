@@ -216,7 +216,7 @@ def test_mistakes_are_named():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"no kernel fits the target '\*/w1/\*'.*mlp/layer/gate/k"):
         adapters.add(model, params, LoRA(targets=("*/q/kernel", "*/w1/*")), key)
-    with pytest.raises(ValueError, match="exception '.*gate.*' to the rank fits no target"):
+    with pytest.raises(ValueError, match=r"exception '.*gate.*' to the rank fits no target"):
         adapters.add(model, params, LoRA(ranks=(Rank("*/gate/*", 2),)), key)
     with pytest.raises(ValueError, match="every rank of the adapter is 0"):
         adapters.add(model, params, LoRA(ranks=(Rank("*", 0),)), key)
