@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.config import from_json, to_json
-from lm.core.mesh import param_sharding
+from lm.core.mesh import param_sharding, replicated
 from lm.core.paths import flatten, map_with_path, shape_differences
 from lm.data.tokenizer import load_tokenizer
 from lm.interop import gguf, hf, named
 from lm.interop.loaded import Loaded
+from lm.models import adapters
 from lm.models import params as P
 from lm.train.checkpoint import Checkpoints, load_params
 from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
@@ -75,19 +76,31 @@ def load(
     return loaded
 
 
+def load_merged(source: str | Path) -> Loaded:
+    """Opens a model as `load` does, with an adapter merged into the kernels that it adapts."""
+    loaded = load(source)
+    if adapters.adapted(flatten(loaded.params)):
+        loaded.params = adapters.merge(loaded.params)
+    return loaded
+
+
 def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) -> Loaded:
     """Opens a run directory of `lm train`."""
     config = path / "config.json"
     try:
-        model = from_json(json.loads(config.read_text())["experiment"]["model"])
+        experiment = json.loads(config.read_text())["experiment"]
+        model, lora = from_json(experiment["model"]), from_json(experiment.get("adapter"))
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{config} is not the config of a run: {error}") from error
-    params, _ = load_params(checkpoint_dir or path / "checkpoints", P.abstract(model), step)
+    shapes = P.abstract(model) if lora is None else adapters.abstract(model, lora)
+    params, _ = load_params(checkpoint_dir or path / "checkpoints", shapes, step)
     return Loaded(model, params, load_tokenizer(path))
 
 
 def import_model(source: str | Path, run: str | Path) -> Path:
     """Writes a model as a run directory, whole or not at all, which all commands open.
+
+    An adapter is merged into the kernels that it adapts.
 
     Args:
       source: anything that `load` opens.
@@ -101,7 +114,7 @@ def import_model(source: str | Path, run: str | Path) -> Path:
     """
     run = Path(run).expanduser()
     hf.refuse_existing(run)
-    loaded = load(source)
+    loaded = load_merged(source)
     config = {
         "experiment": {"model": to_json(loaded.model)},
         "data": "",
@@ -127,7 +140,7 @@ def import_model(source: str | Path, run: str | Path) -> Path:
 
 
 def export_model(source: str | Path, directory: str | Path) -> Path:
-    """Writes a model as a Hugging Face directory, whole or not at all.
+    """Writes a model as a Hugging Face directory, whole or not at all, an adapter merged into it.
 
     Args:
       source: anything that `load` opens.
@@ -139,7 +152,7 @@ def export_model(source: str | Path, directory: str | Path) -> Path:
     Raises:
       ValueError: if `directory` exists, there is no model, or no Hugging Face class computes it.
     """
-    return hf.save_directory(load(source), Path(directory).expanduser())
+    return hf.save_directory(load_merged(source), Path(directory).expanduser())
 
 
 def initial_params(source: str | Path, model: Any) -> Any:
@@ -148,7 +161,7 @@ def initial_params(source: str | Path, model: Any) -> Any:
     Raises:
       ValueError: naming the leaves that differ in shape, or that only one of the two has.
     """
-    params = load(source).params
+    params = load_merged(source).params
     if wrong := shape_differences(params, P.abstract(model)):
         raise ValueError(f"{source} is no start for this model: {wrong}")
     return jax.device_get(params)  # The state is laid out on a mesh, from wherever they come.
@@ -176,6 +189,8 @@ def place(model: Any, params: Any, dtype: str, mesh: Any) -> Any:
         leaf = leaf.astype(jnp.dtype(dtype))
         if axes is None:
             return jnp.asarray(leaf)
+        if path not in axes:
+            return jax.device_put(leaf, replicated(mesh))
         return jax.device_put(leaf, param_sharding(mesh, axes[path], leaf.shape, path))
 
     return map_with_path(put, params)

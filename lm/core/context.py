@@ -23,6 +23,9 @@ class Context:
       source_segments_BS: as `segments_BT`, for the source.
       causal: whether a place sees only itself and what is before it; None is the model's default.
       deterministic: True switches dropout off.
+      adapter_B: (B,) int32, which of several adapters each row uses, -1 for the base alone. None
+        where there is one adapter for all rows, or none.
+      adapter_dropout: rate of dropout on the input of adapters.
       dtype: name of the dtype that the layers compute in; parameters keep their own.
       cache_length: number of slots of decoding state that a call without a state creates; None
         creates none.
@@ -41,9 +44,11 @@ class Context:
     token_types_BT: Array | None = None
     source_BS: Array | None = None
     source_segments_BS: Array | None = None
+    adapter_B: Array | None = None
 
     causal: bool | None = struct.field(pytree_node=False, default=None)
     deterministic: bool = struct.field(pytree_node=False, default=True)
+    adapter_dropout: float = struct.field(pytree_node=False, default=0.0)
     dtype: str = struct.field(pytree_node=False, default="float32")
     cache_length: int | None = struct.field(pytree_node=False, default=None)
     remat: str = struct.field(pytree_node=False, default="none")

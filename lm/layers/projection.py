@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
+from lm.layers.dropout import Dropout
 
 Array = jax.Array
 
@@ -57,6 +58,12 @@ _low_precision.defvjp(_forward, _backward)
 class Projection(Part):
     """y = x kernel + bias, over one or several input and output dimensions.
 
+    An adapter is leaves beside the kernel (`lm.models.adapters` puts them there), and is used
+    where it is: `lora_a` (inputs..., R), `lora_b` (R, outputs...) and the constant `lora_scale` ()
+    make it x kernel + scale (x a) b + bias (Hu et al., 2022). `lora_m` (outputs...), the lengths of
+    the columns, makes the columns of kernel + scale a b that long (DoRA; Liu et al., 2024). Several
+    adapters have a further first dimension, and `ctx.adapter_B` says which row uses which.
+
     Attributes:
       features: output dimensions, such as (num_heads, head_dim).
       axes: logical axis of every kernel dimension, inputs first.
@@ -84,7 +91,10 @@ class Projection(Part):
             jnp.float32,
             fan_in,
         )
-        y = contract(x.astype(ctx.dtype), kernel.astype(ctx.dtype), self.num_in)
+        x = x.astype(ctx.dtype)
+        y = contract(x, kernel.astype(ctx.dtype), self.num_in)
+        if self.has_variable("params", "lora_a"):
+            y = self.adapt(x, y, kernel, ctx)
         if self.bias:
             axes = self.axes[self.num_in :]
             bias = self.param(
@@ -96,3 +106,73 @@ class Projection(Part):
             )
             y += bias.astype(ctx.dtype)
         return y
+
+    def adapt(self, x: Array, y: Array, kernel: Array, ctx: Context) -> Array:
+        """Returns what `y`, x kernel, is with the adapter or adapters beside the kernel.
+
+        Raises:
+          ValueError: if there are several, and nothing says which row uses which.
+        """
+        a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+        scale = jax.lax.stop_gradient(scale)
+        gain = None
+        if self.has_variable("params", "lora_m"):
+            gain = self.get_variable("params", "lora_m") / jax.lax.stop_gradient(
+                column_norms(kernel, a, b, scale)
+            )
+        x = Dropout(ctx.adapter_dropout, name="lora_dropout")(x, ctx)
+        if ctx.adapter_B is None:
+            if scale.ndim:
+                raise ValueError(
+                    f"these parameters hold {len(scale)} adapters: say in adapter_B which one each "
+                    "row uses, or select one of them"
+                )
+            low = contract(x, a.astype(ctx.dtype), self.num_in)
+            y += contract(low, b.astype(ctx.dtype)) * scale.astype(ctx.dtype)
+            return y if gain is None else y * gain.astype(ctx.dtype)
+        if not scale.ndim:
+            a, b, scale = a[None], b[None], scale[None]
+            gain = None if gain is None else gain[None]
+        rows, alone_B = len(x), ctx.adapter_B < 0
+        ids_B = jnp.maximum(ctx.adapter_B, 0)
+
+        def pick(leaf: Array, *shape: int) -> Array:
+            # A number without an adapter makes NaN of its row; jax would take the last adapter.
+            return jnp.take(leaf, ids_B, axis=0, mode="fill").reshape(rows, *shape)
+
+        fan_in = math.prod(kernel.shape[: self.num_in])
+        low = _rowwise(x.reshape(rows, -1, fan_in), pick(a, fan_in, a.shape[-1]).astype(ctx.dtype))
+        more = _rowwise(low, pick(b, a.shape[-1], -1).astype(ctx.dtype))
+        scale_B11 = jnp.where(alone_B, 0.0, pick(scale)).astype(ctx.dtype)[:, None, None]
+        flat = y.reshape(more.shape) + more * scale_B11
+        if gain is not None:
+            flat *= jnp.where(alone_B[:, None, None], 1.0, pick(gain, 1, -1)).astype(ctx.dtype)
+        return flat.reshape(y.shape)
+
+
+def _rowwise(x: Array, matrices: Array) -> Array:
+    """(B, T, I) @ (B, I, O), summed in fp32."""
+    return jnp.matmul(x, matrices, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def column_norms(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
+    """Returns the lengths of the columns of kernel + scale a b, in fp32, without making that sum.
+
+    |w + s B a|^2 = |w|^2 + 2 s b.(A w) + s^2 b.(A A^T b), for each column w and its b.
+
+    Args:
+      kernel: (inputs..., outputs...).
+      a, b, scale: (inputs..., R), (R, outputs...) and (), or with a dimension of adapters before.
+
+    Returns:
+      (outputs...), or (adapters, outputs...).
+    """
+    if scale.ndim:
+        return jax.vmap(column_norms, (None, 0, 0, 0))(kernel, a, b, scale)
+    rank = a.shape[-1]
+    a_IR, b_RO = a.astype(jnp.float32).reshape(-1, rank), b.astype(jnp.float32).reshape(rank, -1)
+    w_IO = kernel.astype(jnp.float32).reshape(len(a_IR), -1)
+    mixed_O = jnp.sum(b_RO * (a_IR.T @ w_IO), axis=0)
+    own_O = jnp.sum(b_RO * (a_IR.T @ a_IR @ b_RO), axis=0)
+    squared_O = jnp.sum(w_IO**2, axis=0) + 2 * scale * mixed_O + scale**2 * own_O
+    return jnp.sqrt(squared_O).reshape(b.shape[1:])

@@ -41,8 +41,10 @@ class EncoderDecoder(Model):
         """Returns the (B, S, D) output of the encoder; `ctx` is that of the whole model."""
         inner = Context(
             segments_BT=ctx.source_segments_BS,
+            adapter_B=ctx.adapter_B,
             causal=False,
             deterministic=ctx.deterministic,
+            adapter_dropout=ctx.adapter_dropout,
             dtype=ctx.dtype,
             remat=ctx.remat,
             unroll=ctx.unroll,

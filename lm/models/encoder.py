@@ -46,7 +46,11 @@ class TwoTower(Part):
     def vectors(self, tokens_BT: Array, ctx: Context = Context()) -> tuple[Array, Array]:
         """Returns the (B, D) unit vectors of both sides."""
         right = Context(
-            segments_BT=ctx.source_segments_BS, deterministic=ctx.deterministic, dtype=ctx.dtype
+            segments_BT=ctx.source_segments_BS,
+            adapter_B=ctx.adapter_B,
+            deterministic=ctx.deterministic,
+            adapter_dropout=ctx.adapter_dropout,
+            dtype=ctx.dtype,
         )
         left_BD = self.left.pooled(tokens_BT, ctx)
         right_BD = self.right.pooled(ctx.source_BS, right)

@@ -12,10 +12,11 @@ import flax.linen as nn
 
 from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
+from lm.models.adapters import LoRA
 from lm.train.objectives import Generative, Objective
 from lm.train.optimizer import Optimizer
 from lm.train.state import Recipe
-from lm.train.trainable import FULL, Table
+from lm.train.trainable import ADAPTER, FULL, Table
 
 GENERATIVE = Generative()
 ALL_DATA = MeshShape()
@@ -67,6 +68,7 @@ class TrainConfig:
       patience: validations in a row without a better loss after which to stop; 0 for never.
       dtype: compute dtype, 'float32' or 'bfloat16'.
       remat: what the backward pass computes again, 'none', 'dots' or 'full'.
+      frozen_dtype: dtype that parameters which do not train are stored in.
       seed: of parameters, order of data, dropout.
       parallel: 'jit' on a mesh, or 'pmap' over local devices.
     """
@@ -81,6 +83,7 @@ class TrainConfig:
     patience: int = 0
     dtype: str = "float32"
     remat: str = "none"
+    frozen_dtype: str = "float32"
     seed: int = 0
     parallel: str = "jit"
 
@@ -92,6 +95,7 @@ class TrainConfig:
         allowed = {
             "dtype": ("float32", "bfloat16"),
             "remat": ("none", "dots", "full"),
+            "frozen_dtype": ("float32", "bfloat16"),
             "parallel": ("jit", "pmap"),
         }
         for name, values in allowed.items():
@@ -112,7 +116,8 @@ class Experiment:
       optimizer: with the learning rate.
       train: how long and how often.
       objective: what is minimised.
-      trainable: the table of what trains.
+      trainable: the table of what trains; None is everything, or the adapter alone if there is one.
+      adapter: low-rank leaves beside the model's kernels, or None.
       mesh: how the devices are laid out.
       wandb: project to log to on Weights & Biases, '' for none.
     """
@@ -123,7 +128,8 @@ class Experiment:
     optimizer: Optimizer
     train: TrainConfig
     objective: Objective = GENERATIVE
-    trainable: Table = FULL
+    trainable: Table | None = None
+    adapter: LoRA | None = None
     mesh: MeshShape = ALL_DATA
     wandb: str = ""
 
@@ -133,10 +139,12 @@ class Experiment:
             self.model,
             self.objective,
             self.optimizer,
-            self.trainable,
+            self.trainable or (FULL if self.adapter is None else ADAPTER),
             self.train.micro_batches,
             self.train.dtype,
             self.train.remat,
+            self.adapter,
+            self.train.frozen_dtype,
         )
         return recipe.over(self.train.steps)
 

@@ -1,7 +1,8 @@
 """Optimizers as values: AdamW and Muon, by group, after clipping all trained gradients together.
 
-Weight decay acts on leaves named `kernel`, the matrices that multiply activations, and on nothing
-else: not on embedding and position tables, norms, biases, or other vectors.
+Weight decay acts on leaves named `kernel`, `lora_a` and `lora_b`, the matrices that multiply
+activations, and on nothing else: not on embedding and position tables, norms, biases, or other
+vectors.
 """
 
 from collections.abc import Callable, Mapping
@@ -127,7 +128,12 @@ def is_kernel(path: str) -> bool:
 
 def decays(params: Any) -> Any:
     """Returns True for the leaves that weight decay acts on, False for the others."""
-    return by_path(is_kernel, params)
+    return by_path(is_matrix, params)
+
+
+def is_matrix(path: str) -> bool:
+    """Whether a leaf multiplies activations: a kernel, or a factor of an adapter."""
+    return path.rpartition("/")[2] in ("kernel", "lora_a", "lora_b")
 
 
 def by_path(function: Callable[[str], Any], params: Any) -> Any:

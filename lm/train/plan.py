@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.core.paths import flatten
+from lm.train.optimizer import is_matrix
 from lm.train.state import Recipe, TrainState
 
 # Dense bf16 products per second of one chip, from the vendors' data sheets.
@@ -136,7 +137,7 @@ def model_flops(trained: Any, frozen: Any, batch_size: int, length: int) -> floa
         return sum(
             math.prod(leaf.shape)
             for path, leaf in flatten(tree).items()
-            if path.endswith("kernel") or (tied and path == "embed/table")
+            if is_matrix(path) or (tied and path == "embed/table")
         )
 
     heads = sum(

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 
 from lm.core.context import Context
 from lm.core.mesh import param_sharding, replicated
-from lm.core.paths import flatten, partition, unflatten
+from lm.core.paths import flatten, map_with_path, partition, unflatten
+from lm.models import adapters
 from lm.models import params as P
+from lm.models.adapters import LoRA
 from lm.train.objectives import Objective
 from lm.train.optimizer import Axes, Optimizer
 from lm.train.trainable import FULL, Table, make_transform, trained_paths
@@ -29,7 +31,7 @@ class TrainState:
 
     Attributes:
       step: () int32, number of updates made.
-      params: all parameters, trained and frozen, fp32.
+      params: all parameters; the trained ones are fp32.
       opt_state: of the trained parameters alone.
       rng: (2,) uint32, the key of the run; it never changes, a step folds its number in.
     """
@@ -52,6 +54,8 @@ class Recipe:
       micro_batches: number of parts that a batch is computed in, one after the other.
       dtype: compute dtype, 'float32' or 'bfloat16'; parameters are fp32 in any case.
       remat: what the backward pass computes again: 'none', 'dots' or 'full'.
+      adapter: put beside the model's kernels before the first step, or None.
+      frozen_dtype: dtype that parameters which do not train are stored in.
     """
 
     model: nn.Module
@@ -61,10 +65,17 @@ class Recipe:
     micro_batches: int = 1
     dtype: str = "float32"
     remat: str = "none"
+    adapter: LoRA | None = None
+    frozen_dtype: str = "float32"
 
     def context(self, deterministic: bool = False) -> Context:
         """Returns the context of a training call, or of an evaluation (deterministic)."""
-        return Context(deterministic=deterministic, dtype=self.dtype, remat=self.remat)
+        return Context(
+            deterministic=deterministic,
+            adapter_dropout=0.0 if self.adapter is None else self.adapter.dropout,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
 
     def over(self, num_steps: int) -> "Recipe":
         """Returns the recipe with every schedule as long as the run, if it has no length."""
@@ -82,6 +93,22 @@ class Recipe:
         """Returns the trained and the frozen parameters."""
         trained = trained_paths(self.trainable, params)
         return partition(params, lambda path: path in trained)
+
+    def prepare(self, params: Params, key: jax.Array) -> dict:
+        """Returns what training starts from: parameters with the adapter, frozen ones stored low.
+
+        Parameters that hold an adapter already keep it.
+        """
+        if self.adapter is not None and not any(map(adapters.is_adapter, flatten(params))):
+            params = adapters.add(self.model, params, self.adapter, key)
+        trained = trained_paths(self.trainable, params)
+
+        def store(path: str, leaf: Any) -> Any:
+            # The scale of an adapter is a constant of its mathematics, not of the base.
+            kept = path in trained or adapters.is_adapter(path)
+            return leaf if kept else leaf.astype(self.frozen_dtype)
+
+        return map_with_path(store, params)
 
     def transform(self, params: Params) -> optax.GradientTransformation:
         """Returns the optimizer of the trained parameters."""
@@ -114,16 +141,20 @@ def init_state(recipe: Recipe, seed: int, mesh: Mesh, params: Params | None = No
     def make(params: Params | None) -> TrainState:
         init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
         fresh = P.init(recipe.model, init_key) if params is None else params
-        return new_state(recipe, fresh, run_key)
+        return new_state(recipe, recipe.prepare(fresh, jax.random.fold_in(init_key, 1)), run_key)
 
     shardings = state_shardings(recipe, mesh, jax.eval_shape(make, params))
     return jax.jit(make, out_shardings=shardings)(params)
 
 
-def abstract_state(recipe: Recipe, params: Params | None = None) -> TrainState:
+def abstract_state(recipe: Recipe) -> TrainState:
     """Returns the shapes and dtypes of the state; takes no memory."""
-    shapes = P.abstract(recipe.model) if params is None else params
-    return jax.eval_shape(lambda params: new_state(recipe, params, jax.random.PRNGKey(0)), shapes)
+
+    def make(params: Params) -> TrainState:
+        key = jax.random.PRNGKey(0)
+        return new_state(recipe, recipe.prepare(params, key), key)
+
+    return jax.eval_shape(make, P.abstract(recipe.model))
 
 
 def state_shardings(recipe: Recipe, mesh: Mesh, state: TrainState) -> TrainState:

@@ -35,6 +35,8 @@ class Group:
 Table = tuple[Group, ...]
 
 FULL: Table = (Group("*"),)
+# The leaves of an adapter (`lm.models.adapters`) alone; its scale is a constant.
+ADAPTER: Table = (Group("*/lora_[abm]"), Group("*", trains=False))
 
 
 def assign(table: Table, params: Mapping[str, Any]) -> dict[str, int]:
