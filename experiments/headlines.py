@@ -2,7 +2,19 @@
 
     lm train experiments/headlines.py
 
-MEASURED
+Measured on 2026-11-21, on two cores of an AMD EPYC (Zen 4), jax 0.10.1, seed 0. On the held-out
+headlines, in bits per character, end of text included:
+
+    bigram, interpolated Witten-Bell          3.707
+    5-gram, interpolated Witten-Bell          2.079
+    this run, 1,100 steps                     2.048
+    1,350 steps of 15 rows                    2.023
+
+The last took 3 min 55 s from the command to its last line, fetching the text included, at 14,000
+tokens per second; the cores were doing nothing else. It reads 2.6 million tokens, three quarters of
+an epoch. The published shape of teenyGPT (`teeny_gpt()`, an MLP 128 times as wide as its 32
+features, learned positions) was at 2.716 after 1.2 million tokens and 210 seconds of training, on
+another machine.
 """
 
 from lm.data.corpus import TextData

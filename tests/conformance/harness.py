@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lm.core.context import Context
 from lm.core.paths import map_with_path
@@ -14,6 +15,7 @@ from lm.models.zoo import all_families
 
 FAMILIES = all_families()
 B, T = 2, 12
+LONGEST = {"vanilla"}  # T5 is an encoder-decoder too.
 
 
 @functools.cache
@@ -64,5 +66,9 @@ grads_of = jax.jit(jax.grad(loss_fn, argnums=1), static_argnums=0)
 
 
 def cells(cell: str):
-    """Rows of a column: each family, but those that give a reason why the cell is not theirs."""
-    return [name for name, family in FAMILIES.items() if cell not in family.inapplicable]
+    """Rows of a column: each family, but those that give a reason why the cell is not theirs.
+
+    Those that take longest run with the slow tests.
+    """
+    names = [name for name, family in FAMILIES.items() if cell not in family.inapplicable]
+    return [pytest.param(n, marks=pytest.mark.slow) if n in LONGEST else n for n in names]

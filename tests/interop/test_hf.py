@@ -49,7 +49,7 @@ def test_reads_what_transformers_writes(kind, shards, tmp_path):
     assert np.abs((np.asarray(ours) - theirs.numpy())[mask == 1]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in cells("export") if name in SMALL])
+@pytest.mark.parametrize("name", [name for name in SMALL if name in cells("export")])
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_transformers_reads_what_we_write(name, shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes)

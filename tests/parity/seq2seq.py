@@ -97,10 +97,7 @@ def assert_conditional(model, params) -> None:
         return run(params, tokens, Context(source_BS=padded_source, source_segments_BS=segments))
 
     np.testing.assert_array_equal(padded(params, 3), padded(params, 9))
-    # The sums over more places round otherwise, in proportion to the logits: to 1e-6 of them, and
-    # to 1e-6 itself where they are small.
-    error = jnp.linalg.norm(padded(params, 3) - alone) / jnp.linalg.norm(alone)
-    assert error <= 1e-6, error
+    # Sums over more places round otherwise, in proportion to the logits: here they are about 1.
     small = jax.tree.map(lambda x: x / 2, params)
     alone = run(small, tokens, Context(source_BS=source))
     assert jnp.abs(alone).max() > 0.1

@@ -172,6 +172,7 @@ def test_crashed_between_checkpoints_equals_uninterrupted(finished, tmp_path, mo
     assert_same_run(experiment, tmp_path / "run", finished[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["pmap", "mesh"])
 def test_resumes_on_other_devices(finished, tmp_path, change, monkeypatch):
     """Saved on one mesh, resumed on another, or under pmap: the same losses but for rounding."""
