@@ -12,9 +12,10 @@ headlines, in bits per character, end of text included:
 
 This run took 3 min 47 s from the command to its last line, fetching the text included, at 10,000
 to 14,000 tokens per second; the cores did nothing else. It reads 2.3 million places, two thirds
-of an epoch. The longer one took 3 min 55 s. The published shape of teenyGPT (`teeny_gpt()`, an MLP 128 times as wide as its 32
-features, learned positions) was at 2.716 after 1.2 million tokens and 210 seconds of training, on
-another machine.
+of an epoch. The longer one took 3 min 55 s.
+
+The published shape of teenyGPT (`teeny_gpt()`, an MLP 128 times as wide as its 32 features, learned
+positions) was at 2.716 after 1.2 million tokens and 210 seconds of training, on another machine.
 """
 
 from lm.data.corpus import TextData
