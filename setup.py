@@ -48,6 +48,7 @@ setup(
             "beartype>=0.18",
             "torch>=2.6",
             "transformers>=5.0",
+            "peft>=0.21",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
