@@ -50,6 +50,8 @@ setup(
             "torch>=2.6",
             "transformers>=5.0",
             "accelerate>=1.0",  # transformers reads GGUF files with it.
+            "peft>=0.21",
+            "lm-eval>=0.4.9",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",

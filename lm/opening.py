@@ -1,10 +1,8 @@
 """Opening what was trained or downloaded, `lm.load(path)`, and writing it in the other form."""
 
 import json
-import os
 import re
-import shutil
-import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from lm.core.mesh import param_sharding, replicated
 from lm.core.paths import flatten, map_with_path, shape_differences
 from lm.data.tokenizer import load_tokenizer
 from lm.interop import gguf, hf, named
+from lm.interop.directory import refuse_existing, whole_directory
 from lm.interop.loaded import Loaded
 from lm.models import adapters
 from lm.models import params as P
@@ -113,7 +112,7 @@ def import_model(source: str | Path, run: str | Path) -> Path:
       ValueError: if `run` exists, or there is no model.
     """
     run = Path(run).expanduser()
-    hf.refuse_existing(run)
+    refuse_existing(run)
     loaded = load_merged(source)
     config = {
         "experiment": {"model": to_json(loaded.model)},
@@ -123,19 +122,10 @@ def import_model(source: str | Path, run: str | Path) -> Path:
         "commit": git_commit(),
     }
     step, key = jnp.zeros((), jnp.int32), jax.random.PRNGKey(0)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=run.parent, prefix=f".{run.name}."))
-    try:
+    with whole_directory(run) as scratch:
         claim_run_dir(scratch, config, loaded.tokenizer)
-        checkpoints = Checkpoints(scratch / "checkpoints")
-        try:
+        with closing(Checkpoints(scratch / "checkpoints")) as checkpoints:
             checkpoints.save(TrainState(step, loaded.params, {}, key), 0, {"config": config})
-        finally:
-            checkpoints.close()
-        scratch.chmod(0o755)
-        os.replace(scratch, run)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return run
 
 

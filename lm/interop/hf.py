@@ -1,10 +1,6 @@
 """Hugging Face directories, in and out: config.json, safetensors, tokenizer."""
 
-import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +10,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lm.core.paths import flatten
 from lm.data.vocab_files import load_directory_tokenizer
+from lm.interop.directory import read_json, refuse_existing, whole_directory, write_json
 from lm.interop.loaded import Loaded
+from lm.models import adapters
 from lm.models import params as P
 from lm.models.foreign import read_weights, write_weights
 from lm.models.zoo import family_of, family_of_config
@@ -26,7 +25,7 @@ SHARD_BYTES = 5 * 10**9
 def is_directory(path: Path) -> bool:
     """Whether `path` looks like a Hugging Face model: a config that names a `model_type`."""
     config = path / "config.json"
-    return config.is_file() and "model_type" in _read_json(config)
+    return config.is_file() and "model_type" in read_json(config)
 
 
 def load_directory(path: str | Path) -> Loaded:
@@ -37,7 +36,7 @@ def load_directory(path: str | Path) -> Loaded:
         is missing or has another shape, or a file that is absent or damaged.
     """
     path = Path(path)
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     family = family_of_config(config)
     model = family.read_config(config)
     params = read_weights(
@@ -53,35 +52,29 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
     It appears whole or not at all. Over `SHARD_BYTES` the weights are split, with an index.
 
     Raises:
-      ValueError: if no Hugging Face class computes this model, or `path` exists.
+      ValueError: if no Hugging Face class computes this model, its parameters hold an adapter, or
+        `path` exists.
     """
     path = Path(path)
     family = family_of(loaded.model)
     refuse_existing(path)
+    if adapters.adapted(flatten(loaded.params)):
+        raise ValueError(
+            "these parameters hold an adapter, for which this format has no place: merge it "
+            "(lm.models.adapters.merge), or write it with lm.interop.peft.save_adapter"
+        )
     config = family.write_config(loaded.model)
     tensors = write_weights(family.weights(loaded.model), loaded.params)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with whole_directory(path) as scratch:
         if loaded.tokenizer is not None:
             ids = {name: getattr(loaded.tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
             ids = {key.replace("_id", "_token_id"): v for key, v in ids.items() if v is not None}
             config |= ids
-            _write_json(scratch / "generation_config.json", ids)
+            write_json(scratch / "generation_config.json", ids)
             loaded.tokenizer.save(scratch)
-        _write_json(scratch / "config.json", config)
+        write_json(scratch / "config.json", config)
         _save_tensors(tensors, scratch)
-        scratch.chmod(0o755)
-        os.replace(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return path
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises ValueError if there is something at a path that is to be written."""
-    if path.exists():
-        raise ValueError(f"{path} exists already: choose another directory, or remove it first")
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -90,7 +83,7 @@ class Tensors(Mapping[str, np.ndarray]):
     def __init__(self, path: Path):
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [path / name for name in names]
         else:
             files = [path / "model.safetensors"]
@@ -145,17 +138,4 @@ def _save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
         save_file(shard, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {}, "weight_map": weight_map}
-    _write_json(path / "model.safetensors.index.json", index)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_json(path / "model.safetensors.index.json", index)
