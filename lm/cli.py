@@ -1,6 +1,7 @@
 """The command `lm`: parses, prepares the process, and calls a function of `lm.commands`."""
 
 import difflib
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -20,14 +21,14 @@ MODEL is a run directory, a Hugging Face directory, a .gguf file, package:NAME, 
 `lm COMMAND --help` says more. `lm --version` prints the version.
 """
 COMMANDS = {
-    ("generate",): "generate",
-    ("chat",): "chat",
-    ("evaluate",): "evaluate",
-    ("import",): "import_model",
-    ("export",): "export_model",
-    ("list",): "list_models",
-    ("data", "inspect"): "inspect_data",
-    ("tokenizer", "train"): "train_tokenizer",
+    ("generate",): "use.generate",
+    ("chat",): "use.chat",
+    ("evaluate",): "use.evaluate",
+    ("import",): "models.import_model",
+    ("export",): "models.export_model",
+    ("list",): "models.list_models",
+    ("data", "inspect"): "data.inspect_data",
+    ("tokenizer", "train"): "data.train_tokenizer",
 }
 OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--init-from", "--platform")
 
@@ -62,7 +63,7 @@ def train(words: list[str]) -> int:
     wants_help = any(word in ("-h", "--help") for word in words)
     path = words[0] if words and not words[0].startswith("-") else ""
     if wants_help or not path:
-        from lm.commands import train_help
+        from lm.commands.train import train_help
 
         print(train_help(path))
         return 0 if wants_help else 2
@@ -71,9 +72,9 @@ def train(words: list[str]) -> int:
     from lm.core.runtime import prepare
 
     prepare(platform)
-    from lm import commands
+    from lm.commands.train import train as run
 
-    result = commands.train(path, overrides, **own)
+    result = run(path, overrides, **own)
     return 0 if result.stopped in ("finished", "early stopping") else 130
 
 
@@ -102,9 +103,8 @@ def call(function: str, words: list[str], prog: str) -> int:
         prepare()
     import tyro
 
-    from lm import commands
-
-    tyro.cli(getattr(commands, function), args=words, prog=prog)
+    module, _, name = function.rpartition(".")
+    tyro.cli(getattr(importlib.import_module(f"lm.commands.{module}"), name), args=words, prog=prog)
     return 0
 
 

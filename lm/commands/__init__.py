@@ -1,0 +1,1 @@
+"""What each command of `lm` does, as functions that print."""

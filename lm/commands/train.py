@@ -1,0 +1,104 @@
+"""`lm train`: a run from its first step to the report at its end."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lm.core.overrides import apply_overrides, list_fields
+from lm.data.labelled import LabelledData
+from lm.eval.classification import classification_report
+from lm.eval.samples import draw_samples, write_samples
+from lm.opening import initial_params, load
+from lm.train.experiment import Experiment, load_experiment
+from lm.train.loop import Result
+from lm.train.loop import train as run_training
+
+SAMPLE_TOKENS = 100
+
+
+def train(
+    path: str,
+    overrides: Sequence[str] = (),
+    run_dir: str = "",
+    checkpoint_dir: str = "",
+    init_from: str = "",
+) -> Result:
+    """Trains the experiment of a file, then samples from it and compares it with n-grams.
+
+    Args:
+      path: `experiments/NAME.py`, or NAME.
+      overrides: `--field value` pairs.
+      run_dir: where it writes; '' is runs/NAME. The run that is there goes on.
+      checkpoint_dir: another place for checkpoints, such as gs://bucket/run; '' for none.
+      init_from: what to start from, anything that `lm.load` opens; '' is fresh parameters.
+    """
+    experiment = apply_overrides(load_experiment(path), overrides)
+    directory = Path(run_dir or Path("runs") / experiment.name)
+    result = run_training(
+        experiment,
+        directory,
+        checkpoint_dir=checkpoint_dir or None,
+        params=partial(initial_params, init_from, experiment.model) if init_from else None,
+        init_from=init_from,
+    )
+    if result.stopped in ("finished", "early stopping"):
+        report(experiment, result, checkpoint_dir)
+    again = f"lm train {path}"
+    then = (
+        f"lm generate {directory} --prompt '...'"
+        if result.stopped in ("finished", "early stopping")
+        else f"{again} goes on from step {result.step}"
+    )
+    print(f"everything is in {directory}; next: {then}")
+    return result
+
+
+def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> None:
+    """Prints bits per character beside n-gram models, and ten samples at two temperatures.
+
+    Of a classifier it prints accuracy and macro-F1 beside baselines.
+    """
+    loaded = load(result.run_dir, checkpoint_dir=checkpoint_dir or None)
+    if isinstance(experiment.data, LabelledData):
+        data = experiment.data.make(loaded.tokenizer)
+        rows = classification_report(loaded.model, loaded.params, data, experiment.train.batch_size)
+        print(f"test, {len(data.splits['test']):,} texts     accuracy  macro-F1")
+        for name, scores in rows.items():
+            print(f"  {name:<24} {scores['accuracy']:.3f}     {scores['macro_f1']:.3f}")
+        (result.run_dir / "classification.json").write_text(json.dumps(rows, indent=1) + "\n")
+        return
+    if result.best_loss is not None and hasattr(experiment.data, "make"):
+        data = experiment.data.make(loaded.tokenizer)
+        bits = {"this model": data.bits_per_character(result.best_loss), **data.baselines()}
+        print("validation, bits per character:")
+        for name, value in sorted(bits.items(), key=lambda item: -item[1]):
+            print(f"  {name:<12} {value:.3f}")
+        (result.run_dir / "bits_per_character.json").write_text(json.dumps(bits, indent=1) + "\n")
+    length = loaded.model.max_length
+    tokens = SAMPLE_TOKENS if length is None else min(SAMPLE_TOKENS, length - 1)
+    samples = draw_samples(loaded, max_new_tokens=tokens, count=10)
+    write_samples(result.run_dir / "samples.txt", samples)
+    print((result.run_dir / "samples.txt").read_text(), end="")
+
+
+def train_help(path: str = "") -> str:
+    """Returns how to call `lm train`, with the fields of an experiment where one is named."""
+    lines = [
+        "usage: lm train EXPERIMENT [--run-dir DIR] [--checkpoint-dir PATH] [--init-from MODEL]",
+        "                [--platform NAME] [--FIELD VALUE ...]",
+        "",
+        "Trains experiments/NAME.py (or NAME), or goes on where its run directory stopped.",
+        "",
+        "  --run-dir DIR          where the run writes [runs/NAME]",
+        "  --checkpoint-dir PATH  another place for checkpoints, such as gs://bucket/run",
+        "  --init-from MODEL      a run, directory, .gguf file or package:NAME to start from",
+        "  --platform NAME        cpu, gpu or tpu to insist on",
+        "",
+    ]
+    if not path:
+        return "\n".join([*lines, "lm train EXPERIMENT --help lists the fields it has."])
+    lines.append("Fields, and what they are:")
+    for name, value in list_fields(load_experiment(path)):
+        lines.append(f"  --{name.replace('_', '-')} {value}")
+    return "\n".join(lines)

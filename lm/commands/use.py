@@ -1,0 +1,120 @@
+"""`lm generate`, `lm chat`, `lm evaluate`: what a trained model is for."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from lm.core.config import from_json
+from lm.data.corpus import TextData
+from lm.eval.perplexity import evaluate as measure
+from lm.infer.generate import generate as continue_texts
+from lm.infer.generate import stream
+from lm.opening import load
+from lm.train.run_dir import read_config
+
+
+def generate(
+    model: Positional[str],
+    prompt: Sequence[str] = ("",),
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> list[str]:
+    """Continues prompts and prints each with its continuation.
+
+    Args:
+      model: a run directory, a Hugging Face directory, a .gguf file, package:NAME, or a hub id.
+      prompt: texts to continue; for an encoder-decoder, texts to read.
+      max_new_tokens: at most that many tokens each.
+      temperature: 0 is greedy.
+      top_k: keep the k likeliest tokens; 0 for all.
+      top_p: keep the likeliest tokens that hold this probability.
+      min_p: drop tokens less likely than this share of the likeliest.
+      repetition_penalty: above 1 discourages tokens that are there already.
+      num_samples: continuations of each prompt.
+      seed: the same seed gives the same text.
+      dtype: float32 or bfloat16.
+    """
+    loaded = load(model, dtype=dtype)
+    prompts = [text for text in prompt for _ in range(num_samples)]
+    room = loaded.model.max_length
+    texts = continue_texts(
+        loaded,
+        prompts,
+        max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - 1),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        dtype=dtype,
+    )
+    for start, text in zip(prompts, texts):
+        print(start + text)
+    return texts
+
+
+def chat(
+    model: Positional[str], max_new_tokens: int = 200, temperature: float = 0.8, top_p: float = 0.95
+) -> None:
+    """Continues what is typed, line by line, as it is drawn; an empty line ends it.
+
+    Args:
+      model: a run directory, a Hugging Face directory, a .gguf file, package:NAME, or a hub id.
+      max_new_tokens: at most that many tokens each.
+      temperature: 0 is greedy.
+      top_p: keep the likeliest tokens that hold this probability.
+    """
+    loaded = load(model)
+    room = loaded.model.max_length
+    seed = 0
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text:
+            break
+        limit = max_new_tokens
+        if room is not None:
+            limit = min(limit, room - 1 - len(loaded.tokenizer.encode(text)))
+        options = dict(temperature=temperature, top_p=top_p, seed=seed)
+        for piece in stream(loaded, text, max_new_tokens=limit, **options):
+            print(piece, end="", flush=True)
+        print()
+        seed += 1
+
+
+def evaluate(
+    model: Positional[str], split: str = "validation", data: str = "", batch_size: int = 32
+) -> dict[str, float]:
+    """Measures a model on a split: loss, perplexity, bits, top-1 reconstruction.
+
+    Args:
+      model: a run directory; or another model, with `data`.
+      split: train, validation or test.
+      data: another text: headlines, text:PATH or tfds:NAME; '' is what the run was trained on.
+      batch_size: rows of a batch.
+    """
+    loaded = load(model)
+    if data:
+        length = min(256, (loaded.model.max_length or 257) - 1)
+        config: Any = TextData(data, length=length)
+    elif (Path(model) / "checkpoints").is_dir() and "data" in read_config(model)["experiment"]:
+        config = from_json(read_config(model)["experiment"]["data"])
+    else:
+        raise ValueError(f"{model} was not trained here, so say what to read: --data text:PATH")
+    batches = config.make(loaded.tokenizer).evaluation(split, batch_size)
+    metrics = measure(loaded.model, loaded.params, batches, tokenizer=loaded.tokenizer)
+    print(json.dumps({"model": model, "split": split, **metrics}, indent=1))
+    return metrics
