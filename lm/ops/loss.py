@@ -1,6 +1,8 @@
 """Cross entropy, in fp32 whatever the logits, and the reductions it is reported under."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +10,24 @@ from flax import struct
 
 Array = jax.Array
 
+# Logits are held for so many places at a time that they take this many bytes, as fp32.
+CHUNK_BYTES = 1 << 26
+
 
 @struct.dataclass
 class CrossEntropy:
     """Sums over a batch; ratios of sums stay exact over micro-batches and devices.
 
+    The loss alone is differentiable: the others are for reports.
+
     Attributes:
+      loss: () fp32, what is minimised: `nll` and, where asked for, its regularisers.
       nll: () fp32, sum of weight * -ln p(target), nats.
       correct: () fp32, sum of weight where the likeliest token is the target.
       weight: () fp32, sum of weights.
     """
 
+    loss: Array
     nll: Array
     correct: Array
     weight: Array
@@ -27,29 +36,150 @@ class CrossEntropy:
 def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
     """Returns the (B, T) fp32 negative log-likelihoods -ln softmax(logits)[target], nats."""
     logits_BTV = logits_BTV.astype(jnp.float32)
-    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - _picked(logits_BTV, targets_BT)
 
 
-def cross_entropy(logits_BTV: Array, targets_BT: Array, weights_BT: Array) -> CrossEntropy:
+def _picked(logits_BTV: Array, targets_BT: Array) -> Array:
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def cross_entropy(
+    logits_BTV: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> CrossEntropy:
     """Returns the weighted sums of negative log-likelihood and of correct predictions.
 
-    sum_bt w_bt * -ln softmax(logits_bt)[target_bt]
+    nll = sum_bt w_bt * (Z_bt - logits_bt[target_bt]),  Z = ln sum_v exp(logits_v)
+    loss = nll, each place with (1 - s) of its own and s of the mean over all tokens, + z Z^2
 
     Args:
       logits_BTV: (B, T, V), any float dtype.
       targets_BT: (B, T) ids in [0, V).
-      weights_BT: (B, T) fp32; a place of weight 0 contributes nothing, to the gradient either,
-        whatever its logits.
+      weights_BT: (B, T) fp32, constants; a place of weight 0 contributes nothing, to the gradient
+        either, whatever its logits.
+      label_smoothing: s, spread evenly over the vocabulary (Szegedy et al., 2016).
+      z_loss: z, which keeps logits small (Chowdhery et al., 2023: 1e-4).
     """
-    keep_BT = weights_BT != 0
-    nll_BT = token_nll(jnp.where(keep_BT[..., None], logits_BTV, 0), targets_BT)
+    weights_BT = jax.lax.stop_gradient(weights_BT)
+    kept_BTV = jnp.where((weights_BT != 0)[..., None], logits_BTV, 0).astype(jnp.float32)
+    z_BT = jax.nn.logsumexp(kept_BTV, axis=-1)
+    nll_BT = z_BT - _picked(kept_BTV, targets_BT)
+    loss_BT = nll_BT
+    if label_smoothing:
+        loss_BT += label_smoothing * (z_BT - kept_BTV.mean(axis=-1) - nll_BT)
+    if z_loss:
+        loss_BT += z_loss * z_BT**2
     correct_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
     return CrossEntropy(
-        nll=(weights_BT * nll_BT).sum(),
+        loss=(weights_BT * loss_BT).sum(),
+        nll=jax.lax.stop_gradient((weights_BT * nll_BT).sum()),
         correct=(weights_BT * correct_BT).sum(),
         weight=weights_BT.sum(),
     )
+
+
+def head_cross_entropy(
+    unembed: Callable[[Array], Array],
+    x_BTD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    vocab_size: int,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    **options: float,
+) -> CrossEntropy:
+    """Returns `cross_entropy(unembed(x), ...)` without ever holding the logits of all places.
+
+    Logits are made for some places of every row at a time, and so are their gradients, in the
+    forward pass: the gradient of a sum needs nothing that comes later. Nothing is computed twice,
+    and no gradient for what does not train.
+
+    Args:
+      unembed: (B, C, D) -> (B, C, V) logits, each place by itself; it may close over parameters.
+      x_BTD: hidden states.
+      targets_BT, weights_BT, options: as of `cross_entropy`.
+      vocab_size: V.
+      chunk_bytes: of the fp32 logits that may be held.
+    """
+    B, T, _ = x_BTD.shape
+    at_once = max(1, chunk_bytes // (4 * B * vocab_size))
+    if at_once >= T:
+        return cross_entropy(unembed(x_BTD), targets_BT, weights_BT, **options)
+    num_chunks = -(-T // at_once)
+    room = -T % num_chunks
+
+    def chunks(a: Array) -> Array:
+        a = jnp.pad(a, ((0, 0), (0, room)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, num_chunks, -1, *a.shape[2:]), 1, 0)
+
+    x, targets, weights = map(chunks, (x_BTD, targets_BT, jax.lax.stop_gradient(weights_BT)))
+    # What `unembed` closes over becomes arguments, so that it gets a gradient.
+    unembed, closed_over = jax.closure_convert(unembed, x[0])
+    return _sum_chunks(partial(_chunk, unembed, options), x, targets, weights, *closed_over)
+
+
+def _chunk(unembed, options, x_BCD, targets_BC, weights_BC, *closed_over) -> CrossEntropy:
+    return cross_entropy(unembed(x_BCD, *closed_over), targets_BC, weights_BC, **options)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_chunks(chunk, x, targets, weights, *closed_over) -> CrossEntropy:
+    """Returns the sums of `chunk` over the first axis of `x`, `targets` and `weights`."""
+
+    def add(sums, inputs):
+        return jax.tree.map(jnp.add, sums, chunk(*inputs, *closed_over)), None
+
+    return jax.lax.scan(add, _zeros(), (x, targets, weights))[0]
+
+
+def _zeros() -> CrossEntropy:
+    return CrossEntropy(*[jnp.zeros((), jnp.float32)] * 4)
+
+
+def _forward(chunk, x, targets, weights, *closed_over):
+    """Returns the sums, and the gradient of the loss for `x` and for what is differentiated."""
+    constants = [leaf.value for leaf in closed_over]
+    trained = [index for index, leaf in enumerate(closed_over) if leaf.perturbed]
+
+    def add(carry, inputs):
+        sums, grads = carry
+        x_BCD, *rest = inputs
+
+        def loss(x_BCD, leaves):
+            leaves = dict(zip(trained, leaves))
+            own = [leaves.get(index, leaf) for index, leaf in enumerate(constants)]
+            new = chunk(x_BCD, *rest, *own)
+            return new.loss, new
+
+        leaves = [constants[index] for index in trained]
+        (grad_BCD, more), new = jax.grad(loss, (0, 1), has_aux=True)(x_BCD, leaves)
+        carry = jax.tree.map(jnp.add, (sums, grads), (new, more))
+        return carry, grad_BCD
+
+    zeros = [jnp.zeros_like(constants[index]) for index in trained]
+    inputs = x.value, targets.value, weights.value
+    (sums, grads), grad_x = jax.lax.scan(add, (_zeros(), zeros), inputs)
+    every: list[Array | None] = [None] * len(constants)
+    for index, grad in zip(trained, grads):
+        every[index] = grad
+    return sums, (grad_x, every)
+
+
+def _backward(chunk, saved, cotangents):
+    scale = cotangents.loss
+    grad_x, grads = saved
+
+    def scaled(grad):
+        return None if grad is None else grad * scale.astype(grad.dtype)
+
+    return scaled(grad_x), None, None, *map(scaled, grads)
+
+
+_sum_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def nll(nll_BT: Array, weights_BT: Array | None = None, reduction: str = "sum") -> Array:

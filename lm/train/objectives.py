@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lm.core.batch import Batch
 from lm.core.context import Context
-from lm.ops.loss import cross_entropy, token_nll
+from lm.ops.loss import CrossEntropy, cross_entropy, head_cross_entropy, token_nll
 
 Array = jax.Array
 Params = Any
@@ -43,15 +43,41 @@ def context_of(batch: Batch, ctx: Context) -> Context:
     )
 
 
+def vocabulary_losses(
+    model, params, x_BTD: Array, targets_BT: Array, weights_BT: Array, ctx: Context, **options
+) -> CrossEntropy:
+    """Returns the sums over hidden states; (B, T, V) logits are not held where they are large."""
+
+    def unembed(x_BCD: Array) -> Array:
+        return model.apply({"params": params}, x_BCD, ctx, method="unembed")
+
+    args = x_BTD, targets_BT, weights_BT
+    return head_cross_entropy(unembed, *args, model.vocab_size, **options)
+
+
 @dataclass(frozen=True)
 class Generative:
-    """-ln p(x) = -sum_t ln p(x_t | x_<t), over the places that `batch.weights` counts."""
+    """-ln p(x) = -sum_t ln p(x_t | x_<t), over the places that `batch.weights` counts.
+
+    Attributes:
+      label_smoothing, z_loss: as of `lm.ops.loss.cross_entropy`; the metric 'nll' is without them.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
         ctx = context_of(batch, ctx)
-        logits_BTV, _ = model.apply({"params": params}, batch.tokens, ctx, rngs={"dropout": key})
-        sums = cross_entropy(logits_BTV, batch.targets, batch.weights)
-        return sums.nll, sums.weight, {"accuracy": (sums.correct, sums.weight)}
+        x_BTD, _ = model.apply(
+            {"params": params}, batch.tokens, ctx, rngs={"dropout": key}, method="hidden"
+        )
+        options = dict(label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        args = model, params, x_BTD, batch.targets, batch.weights, ctx
+        sums = vocabulary_losses(*args, **options)
+        metrics = {"accuracy": (sums.correct, sums.weight)}
+        if any(options.values()):
+            metrics["nll"] = (sums.nll, sums.weight)
+        return sums.loss, sums.weight, metrics
 
 
 @dataclass(frozen=True)
@@ -122,25 +148,16 @@ class Masked:
         )
         # The chosen places come first, in order; a fixed number of places fits the compiler.
         places_BM = jnp.argsort(~chosen_BT, axis=1)[:, : self.places(chosen_BT.shape[1])]
-        logits_BMV = model.apply(
-            {"params": params},
-            shown_BT,
-            places_BM,
-            ctx,
-            rngs={"dropout": dropout_key},
-            method=_logits_at,
+        x_BTD, _ = model.apply(
+            {"params": params}, shown_BT, ctx, rngs={"dropout": dropout_key}, method="hidden"
         )
+        x_BMD = jnp.take_along_axis(x_BTD, places_BM[..., None], axis=1)
         targets_BM, chosen_BM = (
             jnp.take_along_axis(x_BT, places_BM, axis=1) for x_BT in (batch.tokens, chosen_BT)
         )
-        sums = cross_entropy(logits_BMV, targets_BM, chosen_BM.astype(jnp.float32))
-        return sums.nll, sums.weight, {"masked_accuracy": (sums.correct, sums.weight)}
-
-
-def _logits_at(model, tokens_BT: Array, places_BM: Array, ctx: Context) -> Array:
-    """Returns the (B, M, V) logits at the given places of each row."""
-    x_BTD, _ = model.hidden(tokens_BT, ctx)
-    return model.unembed(jnp.take_along_axis(x_BTD, places_BM[..., None], axis=1), ctx)
+        args = x_BMD, targets_BM, chosen_BM.astype(jnp.float32), ctx
+        sums = vocabulary_losses(model, params, *args)
+        return sums.loss, sums.weight, {"masked_accuracy": (sums.correct, sums.weight)}
 
 
 @dataclass(frozen=True)
@@ -194,7 +211,7 @@ class Tags:
     def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
         logits_BTC = classify(model, params, batch, ctx, key)
         sums = cross_entropy(logits_BTC, batch.targets, batch.weights)
-        return sums.nll, sums.weight, {"label_accuracy": (sums.correct, sums.weight)}
+        return sums.loss, sums.weight, {"label_accuracy": (sums.correct, sums.weight)}
 
 
 @dataclass(frozen=True)
@@ -222,7 +239,7 @@ class Span:
             "label_accuracy": (sums.correct, sums.weight),
             "exact_match": ((exact_B & count_B).sum(), count_B.sum()),
         }
-        return sums.nll, sums.weight, metrics
+        return sums.loss, sums.weight, metrics
 
 
 @dataclass(frozen=True)
@@ -264,22 +281,22 @@ class Joint:
 
     def __call__(self, model, params, batch: Batch, ctx: Context, key: Array) -> Losses:
         ctx = context_of(batch, ctx)
-        logits_BTV, logits_BC = model.apply(
+        x_BTD, logits_BC = model.apply(
             {"params": params}, batch.tokens, ctx, rngs={"dropout": key}, method=_text_and_label
         )
-        text = cross_entropy(logits_BTV, batch.targets, batch.weights)
+        text = vocabulary_losses(model, params, x_BTD, batch.targets, batch.weights, ctx)
         label_sum, label_count, label_metrics = label_losses(logits_BC, batch)
         metrics = {
-            "text_loss": (text.nll, text.weight),
+            "text_loss": (text.loss, text.weight),
             "label_loss": (label_sum, label_count),
             "accuracy": (text.correct, text.weight),
         }
-        return text.nll + label_sum, text.weight + label_count, metrics | label_metrics
+        return text.loss + label_sum, text.weight + label_count, metrics | label_metrics
 
 
 def _text_and_label(model, tokens_BT: Array, ctx: Context) -> tuple[Array, Array]:
     x_BTD, _ = model.hidden(tokens_BT, ctx)
-    return model.unembed(x_BTD, ctx), model.label_logits(x_BTD, ctx)
+    return x_BTD, model.label_logits(x_BTD, ctx)
 
 
 def labels_of(batch: Batch) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.ops.loss import cross_entropy, nll, nll_report, token_nll
+from lm.ops.loss import cross_entropy, head_cross_entropy, nll, nll_report, token_nll
 
 torch = pytest.importorskip("torch")
 B, T, V = 4, 7, 11
@@ -96,8 +96,109 @@ def test_places_of_weight_zero_have_no_gradient():
     """Exactly none, even where their logits are not finite."""
     logits, targets, weights = case()
     logits[weights == 0] = np.inf
-    grad = jax.grad(lambda x: cross_entropy(x, jnp.asarray(targets), jnp.asarray(weights)).nll)
+    grad = jax.grad(lambda x: cross_entropy(x, jnp.asarray(targets), jnp.asarray(weights)).loss)
     grads = grad(jnp.asarray(logits))
     assert jnp.isfinite(grads).all()
     assert (grads[weights == 0] == 0).all()
     assert (jnp.abs(grads[weights == 1]).max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("smoothing, z_loss", [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])
+def test_regularisers_equal_torch(smoothing, z_loss):
+    """Label smoothing as torch's, and the square of ln Z; the gradient too."""
+    logits, targets, weights = case()
+    options = dict(label_smoothing=smoothing, z_loss=z_loss)
+    theirs = torch.from_numpy(logits).requires_grad_()
+    smooth = torch.nn.functional.cross_entropy(
+        theirs.transpose(1, 2),
+        torch.from_numpy(targets).long(),
+        reduction="none",
+        label_smoothing=smoothing,
+    )
+    total = smooth + z_loss * torch.logsumexp(theirs, -1) ** 2
+    expected = (total * torch.from_numpy(weights)).sum()
+    expected.backward()
+
+    def loss(logits):
+        sums = cross_entropy(logits, jnp.asarray(targets), jnp.asarray(weights), **options)
+        return sums.loss, sums.nll
+
+    (ours, plain), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    np.testing.assert_allclose(ours, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(grad, theirs.grad, atol=1e-6)
+    np.testing.assert_allclose(plain, (their_nll(logits, targets).numpy() * weights).sum(), 1e-6)
+
+
+def head_case(D: int = 5, length: int = T, vocab_size: int = V):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    targets = jnp.asarray(rng.integers(0, vocab_size, (B, length)), jnp.int32)
+    weights = jnp.asarray(rng.uniform(0, 1, (B, length)) * rng.integers(0, 2, (B, length)))
+    head = {"kernel": draw(D, vocab_size), "bias": draw(vocab_size)}
+    return head, draw(B, length, D), targets, weights.astype(jnp.float32)
+
+
+def head_loss(chunk_bytes, head, x, targets, weights, **options):
+    """The loss of a linear head whose logits are soft-capped, as Gemma's are."""
+
+    def unembed(x):
+        return 5 * jnp.tanh((x @ head["kernel"] + head["bias"]) / 5)
+
+    options["chunk_bytes"] = chunk_bytes
+    sums = head_cross_entropy(unembed, x, targets, weights, head["bias"].size, **options)
+    return sums.loss, sums
+
+
+@pytest.mark.parametrize("places", [1, 3, T])
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1, z_loss=1e-2)])
+def test_chunks_equal_the_whole(places, options):
+    """Sums and gradients, whether the length divides or not; traced weights, jitted."""
+    args = head_case()
+
+    def run(chunk_bytes):
+        def loss(*args):
+            return head_loss(chunk_bytes, *args, **options)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*args)
+
+    ((_, sums), grads), ((_, expected), others) = run(4 * B * V * places), run(1 << 30)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), sums, expected)
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
+
+    jax.tree.map(close, grads, others)
+    _, alone = jax.jit(lambda *args: head_loss(4 * B * V, *args, **options))(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone, expected)
+
+
+def cost(chunk_bytes, trained):
+    """FLOPs and bytes of temporaries of the gradient, for a vocabulary of 8,192 and 512 places."""
+    head, *rest = head_case(32, 512, 8192)
+
+    def loss(*args):
+        return head_loss(chunk_bytes, *args)[0]
+
+    grad = jax.jit(jax.grad(loss, trained)).lower(head, *rest).compile()
+    return grad.cost_analysis()["flops"], grad.memory_analysis().temp_size_in_bytes
+
+
+def test_logits_of_all_places_are_never_held():
+    """Temporaries are a few chunks, where the whole logits take 64 MiB."""
+    logits = 4 * B * 512 * 8192
+    _, whole = cost(1 << 30, (0, 1))
+    _, chunked = cost(logits // 32, (0, 1))
+    assert whole >= logits
+    assert chunked <= logits // 4
+
+
+def test_a_head_that_does_not_train_gets_no_gradient():
+    """A third of the products is spared: logits, and their gradient for x; none for the head."""
+    logits = 4 * B * 512 * 8192
+    both, _ = cost(logits // 2, (0, 1))
+    states, _ = cost(logits // 2, 1)
+    product = 2 * B * 512 * 32 * 8192 / 2  # XLA counts the body of a loop once.
+    assert both - states >= product

@@ -180,26 +180,26 @@ def test_masked_equals_brute_force():
 
 @pytest.mark.ledger("B39")
 def test_unmasked_places_have_no_gradient_through_the_head():
-    """The gradient of the logits is exactly 0 at every place that was not chosen."""
+    """The gradient of what the head reads is exactly 0 at every place that was not chosen."""
     model = make_model()
     params, batch = random_params(model), random_batch()
     corrupt_key, _ = jax.random.split(KEY)
     _, chosen = MASKED.corrupt(batch.tokens, batch.segments, V, corrupt_key)
 
     class Probe:
-        """The model, with something to add to its logits."""
+        """The model, with something to add to its hidden states."""
 
         vocab_size = V
 
         def __init__(self, extra):
             self.extra = extra
 
-        def apply(self, variables, tokens, places, *args, **kwargs):
-            logits = model.apply(variables, tokens, places, *args, **kwargs)
-            return logits + jnp.take_along_axis(self.extra, places[..., None], axis=1)
+        def apply(self, *args, method, **kwargs):
+            result = model.apply(*args, method=method, **kwargs)
+            return (result[0] + self.extra, None) if method == "hidden" else result
 
     grad = jax.grad(lambda extra: MASKED(Probe(extra), params, batch, Context(), KEY)[0])
-    grads = grad(jnp.zeros((B, T, V)))
+    grads = grad(jnp.zeros((B, T, 16)))
     assert (grads[~chosen] == 0).all()
     assert (jnp.abs(grads[chosen]).max(-1) > 0).all()
 
@@ -213,7 +213,7 @@ class EveryPlace(Masked):
         ctx = ctx.replace(segments_BT=batch.segments, causal=False)
         logits, _ = model.apply({"params": params}, shown, ctx, rngs={"dropout": dropout_key})
         sums = cross_entropy(logits, batch.tokens, chosen.astype(jnp.float32))
-        return sums.nll, sums.weight, {"masked_accuracy": (sums.correct, sums.weight)}
+        return sums.loss, sums.weight, {"masked_accuracy": (sums.correct, sums.weight)}
 
 
 @pytest.mark.ledger("L59")
