@@ -29,6 +29,7 @@ class Context:
       dtype: name of the dtype that the layers compute in; parameters keep their own.
       cache_length: number of slots of decoding state that a call without a state creates; None
         creates none.
+      attention: its backend, 'auto' or a name in `lm.ops.attention.BACKENDS`.
       remat: what the backward pass recomputes in each repeat of the stack: 'none', 'dots' (all
         but matrix products without batch dimensions) or 'full'.
       unroll: how many repeats of the stack stand in one iteration of its scan; None chooses.
@@ -51,6 +52,7 @@ class Context:
     adapter_dropout: float = struct.field(pytree_node=False, default=0.0)
     dtype: str = struct.field(pytree_node=False, default="float32")
     cache_length: int | None = struct.field(pytree_node=False, default=None)
+    attention: str = struct.field(pytree_node=False, default="auto")
     remat: str = struct.field(pytree_node=False, default="none")
     unroll: int | None = struct.field(pytree_node=False, default=None)
 

@@ -10,7 +10,8 @@ from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
 from lm.layers.projection import Projection
-from lm.ops.attention import Mask, attend
+from lm.ops.attention import attend
+from lm.ops.mask import Mask
 from lm.ops.rotary import Rotary
 
 Array = jax.Array
@@ -71,7 +72,8 @@ class Attention(Part):
             causal=bool(ctx.causal),
             window=self.window,
         )
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_NTS=ctx.bias_NTS, scale=self.scale)
+        options = dict(bias_NTS=ctx.bias_NTS, scale=self.scale, backend=ctx.attention)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, **options)
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
 
     def project(self, name: str, heads: int) -> Projection:
@@ -123,7 +125,8 @@ class CrossAttention(Attention):
             segments_BT=ctx.segments_BT,
             segments_BS=ctx.source_segments_BS,
         )
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, scale=self.scale)
+        options = dict(scale=self.scale, backend=ctx.attention)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, **options)
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
 
 

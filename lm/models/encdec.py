@@ -46,6 +46,7 @@ class EncoderDecoder(Model):
             deterministic=ctx.deterministic,
             adapter_dropout=ctx.adapter_dropout,
             dtype=ctx.dtype,
+            attention=ctx.attention,
             remat=ctx.remat,
             unroll=ctx.unroll,
         )

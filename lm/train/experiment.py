@@ -13,6 +13,7 @@ import flax.linen as nn
 from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
 from lm.models.adapters import LoRA
+from lm.ops.attention import BACKENDS
 from lm.train.objectives import Generative, Objective
 from lm.train.optimizer import Optimizer
 from lm.train.state import Recipe
@@ -68,6 +69,7 @@ class TrainConfig:
       patience: validations in a row without a better loss after which to stop; 0 for never.
       dtype: compute dtype, 'float32' or 'bfloat16'.
       remat: what the backward pass computes again, 'none', 'dots' or 'full'.
+      attention: backend of attention, 'reference', 'flash', or 'auto' to choose by the length.
       frozen_dtype: dtype that parameters which do not train are stored in.
       seed: of parameters, order of data, dropout.
       parallel: 'jit' on a mesh, or 'pmap' over local devices.
@@ -83,6 +85,7 @@ class TrainConfig:
     patience: int = 0
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     frozen_dtype: str = "float32"
     seed: int = 0
     parallel: str = "jit"
@@ -95,6 +98,7 @@ class TrainConfig:
         allowed = {
             "dtype": ("float32", "bfloat16"),
             "remat": ("none", "dots", "full"),
+            "attention": ("auto", *BACKENDS),
             "frozen_dtype": ("float32", "bfloat16"),
             "parallel": ("jit", "pmap"),
         }
@@ -145,6 +149,7 @@ class Experiment:
             self.train.remat,
             self.adapter,
             self.train.frozen_dtype,
+            self.train.attention,
         )
         return recipe.over(self.train.steps)
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lm.core.batch import Batch
 from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
+from lm.ops.attention import choose
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
 from lm.train.plan import Plan, make_plan
@@ -206,6 +207,7 @@ class Run:
             f"{self.config.parallel}" + (f", mesh: {sizes}" if sizes else ""),
             "batch": f"{rows} rows of {length} in {self.config.micro_batches} parts, "
             f"{self.config.dtype}",
+            "attention": f"{choose(self.config.attention, length)}, where there is any",
             "steps": f"{self.config.steps:,}"
             + (f", of which {self.step:,} are done" if self.step else ""),
             "run directory": str(self.run_dir),

@@ -54,6 +54,7 @@ class Recipe:
       micro_batches: number of parts that a batch is computed in, one after the other.
       dtype: compute dtype, 'float32' or 'bfloat16'; parameters are fp32 in any case.
       remat: what the backward pass computes again: 'none', 'dots' or 'full'.
+      attention: its backend; 'auto' chooses by the length.
       adapter: put beside the model's kernels before the first step, or None.
       frozen_dtype: dtype that parameters which do not train are stored in.
     """
@@ -67,6 +68,7 @@ class Recipe:
     remat: str = "none"
     adapter: LoRA | None = None
     frozen_dtype: str = "float32"
+    attention: str = "auto"
 
     def context(self, deterministic: bool = False) -> Context:
         """Returns the context of a training call, or of an evaluation (deterministic)."""
@@ -74,6 +76,7 @@ class Recipe:
             deterministic=deterministic,
             adapter_dropout=0.0 if self.adapter is None else self.adapter.dropout,
             dtype=self.dtype,
+            attention=self.attention,
             remat=self.remat,
         )
 

@@ -7,7 +7,8 @@ import pytest
 
 from lm.core.context import Context
 from lm.layers.attention import Attention, CrossAttention
-from lm.ops.attention import Mask, attend, attention_weights
+from lm.ops.attention import attend, attention_weights
+from lm.ops.mask import Mask
 
 
 def draw(*shape, seed=0):
