@@ -13,11 +13,24 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # As `lm.core.runtime.prepar
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-# A command called in a test turns the cache of compiled programs on for the rest of the process.
-# Tests depend on nothing that an earlier run left behind, and fill no cache that they do not use.
-jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs(tmp_path_factory):
+    """Keeps programs that take long to compile on disk, for all processes of this session.
+
+    Commands in a process of their own, and `lm.core.runtime.prepare`, find them by the variable.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
