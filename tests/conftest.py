@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A limit is what makes jax lock the cache of programs, which several processes share here.
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 << 30)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # As `lm.core.runtime.prepare`, and why.
 
 import jax  # noqa: E402
