@@ -65,8 +65,8 @@ def load(
     local = Path(path)
     if peft.is_directory(local) and adapter is None:
         raise ValueError(
-            f"{local} holds a PEFT adapter: open its base with it, lm.load(BASE, adapter={path!r}) "
-            "or --adapter"
+            f"{local} holds a PEFT adapter: open its base with it, --adapter {local} or "
+            f"lm.load(BASE, adapter={str(path)!r})"
         )
     if checkpoint_dir or is_run(local):
         loaded = load_run(local, step, checkpoint_dir)

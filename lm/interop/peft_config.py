@@ -112,13 +112,13 @@ def task_of_class(name: str) -> str | None:
 def base_of(model: nn.Module) -> dict[str, Any]:
     """Returns what says which function a base computes: the keys of its config that matter.
 
-    Without names, token ids, dropout and the longest length. It lies in the metadata of a file of
-    tensors, where peft reads nothing, as a JSON object.
-
-    Raises:
-      ValueError: if no Hugging Face class computes the model.
+    Without names, token ids, dropout and the longest length; none where no Hugging Face class
+    computes the model. It lies in the metadata of a file of tensors, where peft reads nothing.
     """
-    config = family_of(model).write_config(model)
+    try:
+        config = family_of(model).write_config(model)
+    except ValueError:
+        return {}
     kept = {k: v for k, v in config.items() if not IGNORABLE.fullmatch(k) and k not in LENGTHS}
     return {"model_type": config["model_type"], **json.loads(json.dumps(kept))}
 
