@@ -107,8 +107,8 @@ def with_adapter(loaded: Loaded, path: Path) -> Loaded:
     """Returns a model with the adapter of a PEFT directory or of a run."""
     if adapters.adapted(flatten(loaded.params)):
         raise ValueError(
-            f"{loaded.name} holds an adapter already, and {path} cannot lie beside it: open the "
-            "base of both with both of them, or merge the first one (lm import)"
+            f"{loaded.name} holds an adapter already, and {path} cannot lie beside it: open their "
+            "base with both of them, or merge the first one into it"
         )
     if peft.is_directory(path):
         return peft.load_adapter(loaded, path)
@@ -118,18 +118,18 @@ def with_adapter(loaded: Loaded, path: Path) -> Loaded:
             "no checkpoints/)"
         )
     run = load_run(path, None, None)
-    base, leaves = adapters.split(run.params)
     check_frozen(path, run.params)
-    if wrong := shape_differences(base, loaded.params):
+    if wrong := shape_differences(P.abstract(run.model), P.abstract(loaded.model)):
         raise ValueError(f"{path} is an adapter of another base: {wrong}")
     if loaded.model != run.model:
         check_base(base_of(run.model), base_of(loaded.model), path)
+    _, leaves = adapters.split(run.params)
     return dataclasses.replace(loaded, params=join(loaded.params, leaves))
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` is a run directory with checkpoints in it."""
-    return (path / "checkpoints").is_dir()
+def is_run(source: Source) -> bool:
+    """Whether a source is a run directory with its checkpoints."""
+    return (Path(source) / "checkpoints").is_dir()
 
 
 def check_frozen(path: Path, params: Any) -> None:
@@ -151,10 +151,14 @@ def check_frozen(path: Path, params: Any) -> None:
 
 def load_merged(source: Source) -> Loaded:
     """Opens a model as `load` does, with an adapter merged into the kernels that it adapts."""
-    loaded = load(source)
-    if adapters.adapted(flatten(loaded.params)):
-        loaded.params = adapters.merge(loaded.params)
-    return loaded
+    return merged(load(source))
+
+
+def merged(loaded: Loaded) -> Loaded:
+    """Returns a model with an adapter, where there is one, merged into the kernels it adapts."""
+    if not adapters.adapted(flatten(loaded.params)):
+        return loaded
+    return dataclasses.replace(loaded, params=adapters.merge(loaded.params))
 
 
 def load_run(path: Path, step: int | None, checkpoint_dir: Source | None) -> Loaded:
@@ -219,29 +223,29 @@ def export_model(source: Source, directory: Source, format: str = "hf") -> Path:
       ValueError: if `directory` exists, there is no model, no Hugging Face class computes it, or
         it has not what the format holds.
     """
-    if format not in WRITERS:
-        raise ValueError(f"there is no format {format!r}: choose one of {', '.join(WRITERS)}")
     directory = Path(directory).expanduser()
     refuse_existing(directory)
-    return WRITERS[format](source, directory)
+    if format not in FORMATS:
+        raise ValueError(f"a format is one of {', '.join(FORMATS)}, not {format!r}")
+    return FORMATS[format](load(source), directory)
 
 
-def write_merged(source: Source, directory: Path) -> Path:
+def save_merged(loaded: Loaded, directory: Path) -> Path:
     """Writes a Hugging Face directory, an adapter merged into it."""
-    return hf.save_directory(load_merged(source), directory)
+    return hf.save_directory(merged(loaded), directory)
 
 
-def write_adapter(source: Source, directory: Path) -> Path:
+def save_adapter(loaded: Loaded, directory: Path) -> Path:
     """Writes the adapter of a run as a PEFT directory that names what the run started from."""
-    path = Path(source)
-    if not is_run(path):
-        raise ValueError(f"{source} is no run, and only a run that trained an adapter has one")
-    loaded = load(path)
-    check_frozen(path, loaded.params)
-    return peft.save_adapter(loaded, directory, read_config(path).get("init_from", ""))
+    run = Path(loaded.name)
+    if not is_run(run):
+        raise ValueError(f"{run} is no run, and only a run that trained an adapter has one")
+    check_frozen(run, loaded.params)
+    return peft.save_adapter(loaded, directory, read_config(run).get("init_from", ""))
 
 
-WRITERS: dict[str, Callable[[Source, Path], Path]] = {"hf": write_merged, "peft": write_adapter}
+# What `export_model` writes: functions of a `Loaded` and a new directory.
+FORMATS: dict[str, Callable[[Loaded, Path], Path]] = {"hf": save_merged, "peft": save_adapter}
 
 
 def initial_params(source: Source, model: Any) -> Any:

@@ -141,7 +141,7 @@ def test_mistakes_are_named_and_write_nothing(folder, tmp_path, capsys):
         (["generate", base, *generate, base], "base is neither a PEFT directory .* nor a run"),
         (["generate", other], "other holds a PEFT adapter: open its base .* --adapter"),
         (["export", base, out, "--format", "peft"], "base is no run, and only a run that trained"),
-        (["export", run, out, "--format", "gguf"], "no format 'gguf': choose one of hf, peft"),
+        (["export", run, out, "--format", "gguf"], "a format is one of hf, peft, not 'gguf'"),
         (["export", run, llama, "--format", "peft"], "exists already"),
     ]:
         assert main(words) == 2
