@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,9 @@ from lm.core.paths import flatten
 from lm.interop import hf
 from lm.interop.loaded import Loaded
 from lm.interop.peft import save_adapter
+from lm.models import params as P
 from lm.models.adapters import LoRA
+from lm.models.families.gpt2 import gpt2
 from tests.conformance.harness import tiny
 from tests.models.test_adapters import adapted
 from tests.parity.hf import ids
@@ -34,7 +37,7 @@ from lm.train.schedule import Constant
 def experiment():
     return Experiment(
         name="tiny",
-        model=gpt2(61, max_length=64, num_features=32, num_heads=4, num_layers=3),
+        model=gpt2(61, max_length=64, num_features=32, num_heads=4, num_layers=2),
         data=TextData("text:{folder}/text.txt", "{folder}/base/tokenizer.json", length=32),
         optimizer=AdamW(Constant(3e-2)),
         adapter=LoRA(2, alpha=4, targets=("*/q/kernel", "*/v/kernel", "*/up/kernel")),
@@ -47,15 +50,16 @@ def experiment():
 def folder(tmp_path_factory, tokenizer):  # noqa: F811
     """A base, a run that trained an adapter of it, and another adapter of it."""
     folder = tmp_path_factory.mktemp("adapters")
-    base = Loaded(*tiny("gpt2"), tokenizer)
+    model = gpt2(61, max_length=64, num_features=32, num_heads=4, num_layers=2)
+    base = Loaded(model, P.init(model, jax.random.key(0)), tokenizer)
     hf.save_directory(base, folder / "base")
     lines = [f"police fire {i:b} storm".replace("0", "a").replace("1", "b") for i in range(200)]
     (folder / "text.txt").write_text("\n".join(lines))
     (folder / "tiny.py").write_text(EXPERIMENT.format(folder=folder))
     words = ["train", str(folder / "tiny.py"), "--run-dir", str(folder / "run")]
     assert main([*words, "--init-from", str(folder / "base")]) == 0
-    other = adapted(base.model, base.params, LoRA(3, dora=True))
-    save_adapter(Loaded(base.model, other), folder / "other")
+    other = jax.jit(lambda: adapted(model, base.params, LoRA(3, dora=True)))()
+    save_adapter(Loaded(model, other), folder / "other")
     return folder
 
 
@@ -76,11 +80,12 @@ def test_a_trained_adapter_goes_to_peft_and_back(folder, capsys):
         expected = theirs(input_ids=torch.from_numpy(ids(61)).long()).logits.numpy()
     assert np.abs(logits(lm.load(folder / "base")) - expected).max() > 1e-2
     assert np.abs(logits(run) - expected).max() <= 1e-5
-    for source in ("run", "peft"):
-        opened = lm.load(folder / "base", adapter=folder / source)
-        assert np.abs(logits(opened) - expected).max() <= 1e-5
-        for path, leaf in flatten(opened.params).items():
-            np.testing.assert_allclose(leaf, flatten(run.params)[path], 1e-6, err_msg=path)
+    opened = lm.load(folder / "base", adapter=folder / "run")
+    assert flatten(opened.params).keys() == flatten(run.params).keys()
+    for path, leaf in flatten(opened.params).items():
+        np.testing.assert_array_equal(leaf, flatten(run.params)[path], err_msg=path)
+    opened = lm.load(folder / "base", adapter=folder / "peft")
+    assert np.abs(logits(opened) - expected).max() <= 1e-5
     # Merged, it is a model of its own, without a trace of the adapter.
     assert main(["export", str(folder / "run"), str(folder / "merged")]) == 0
     assert not any("adapter" in path.name for path in (folder / "merged").iterdir())
@@ -91,19 +96,15 @@ def test_a_trained_adapter_goes_to_peft_and_back(folder, capsys):
 
 
 def test_several_lie_beside_one_base(folder):
-    """Each row is that of its adapter alone, in logits and in text."""
+    """A run and a directory; each row is that of its adapter alone."""
     run, other = folder / "run", folder / "other"
     several = lm.load(folder / "base", adapter=(run, other))
     alone = [lm.load(folder / "base", adapter=run), lm.load(folder / "base", adapter=other)]
     ours = logits(several, adapters=[1, 0])
     np.testing.assert_allclose(ours[0], logits(alone[1])[0], atol=1e-5)
     np.testing.assert_allclose(ours[1], logits(alone[0])[1], atol=1e-5)
-    options = dict(max_new_tokens=8, temperature=0.0)
-    texts = lm.generate(several, ["police", "fire", "police"], adapters=[0, 1, -1], **options)
-    base = lm.load(folder / "base")
-    for text, loaded, prompt in zip(texts, [*alone, base], ["police", "fire", "police"]):
-        assert lm.generate(loaded, prompt, **options) == [text]
-    assert texts[0] != texts[2]
+    with pytest.raises(ValueError, match="no adapter 2: this model has 0 to 1, and -1 is the base"):
+        lm.generate(several, ["police", "fire"], adapters=[0, 2], max_new_tokens=4)
 
 
 def test_commands_take_an_adapter(folder, capsys, monkeypatch):
@@ -111,10 +112,10 @@ def test_commands_take_an_adapter(folder, capsys, monkeypatch):
     base, run = str(folder / "base"), str(folder / "run")
     words = ["--prompt", "police", "--max-new-tokens", "8", "--temperature", "0"]
     printed = []
-    for model in ([run], [base, "--adapter", run], [base]):
+    for model in ([run], [base, "--adapter", run]):
         assert main(["generate", *model, *words]) == 0
         printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] != printed[2]
+    assert printed[0] == printed[1]
     measured = []
     for model in ([run], [base, "--adapter", run], [base]):
         assert main(["evaluate", *model, "--data", f"text:{folder / 'text.txt'}"]) == 0

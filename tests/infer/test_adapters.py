@@ -1,6 +1,6 @@
 """Generation with several adapters beside one base: each prompt has its own, at every step."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -9,8 +9,9 @@ import pytest
 from lm.infer.generate import generate_tokens, stream_tokens
 from lm.interop.loaded import Loaded
 from lm.models import adapters
+from lm.models import params as P
 from lm.models.adapters import LoRA
-from tests.conformance.harness import tiny
+from lm.models.zoo import get_family
 from tests.infer.test_generate import rows_of
 from tests.models.test_adapters import EVERY, adapted
 
@@ -23,17 +24,29 @@ IDS = (1, -1, 0, 2, 1)
 LENGTHS = (13, 13, 1, 5, 13)
 
 
+@cache
 def with_three(name):
-    """Returns a model and its parameters, bare and with three adapters."""
-    model, params = tiny(name)
-    alone = [adapted(model, params, lora, seed) for seed, lora in enumerate(KINDS)]
-    return model, params, adapters.stack(params, [adapters.split(one)[1] for one in alone])
+    """Returns a model and its parameters: bare, with three adapters, and with each alone."""
+    model = get_family(name).build(**get_family(name).tiny | {"num_layers": 1})
+
+    @jax.jit
+    def make():
+        # Larger than they start, so that adapters matter more than what is drawn.
+        params = jax.tree.map(lambda leaf: 5 * leaf, P.init(model, jax.random.key(0)))
+        all_three = [adapted(model, params, lora, seed) for seed, lora in enumerate(KINDS)]
+        several = adapters.stack(params, [adapters.split(one)[1] for one in all_three])
+        return params, several, [adapters.select(several, number) for number in range(3)]
+
+    return model, *make()
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba", pytest.param("t5", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mamba", "t5")]
+
+
+@pytest.mark.parametrize("name", ["llama", *SLOW])
 def test_each_prompt_has_its_adapter(name, compilations):
     """A mixed batch gives what each adapter gives alone; other numbers compile nothing."""
-    model, params, several = with_three(name)
+    model, params, several, alone = with_three(name)
     side = "source" if name == "t5" else "prompts"
     rows = rows_of(LENGTHS, model.vocab_size)
     rows[1] = rows[0]
@@ -50,7 +63,7 @@ def test_each_prompt_has_its_adapter(name, compilations):
     base = run(params)
     assert together[1] == base[1]
     for number in range(3):
-        chosen = run(adapters.select(several, number))
+        chosen = run(alone[number])
         for row, index in enumerate(IDS):
             assert index != number or together[row] == chosen[row] != base[row]
     assert run(several, adapters=IDS, cache=False) == together
@@ -60,8 +73,9 @@ def test_each_prompt_has_its_adapter(name, compilations):
     assert compiled == []
 
 
+@pytest.mark.slow
 def test_streaming_and_logits_choose_too():
-    model, _, several = with_three("llama")
+    model, _, several, (_, _, last) = with_three("llama")
     (prompt,) = rows_of((6,), model.vocab_size)
     options = dict(max_new_tokens=5, temperature=0.0)
     run = partial(generate_tokens, model, several, [prompt] * 3, **options)
@@ -70,13 +84,12 @@ def test_streaming_and_logits_choose_too():
     loaded = Loaded(model, several)
     both = loaded.logits([prompt] * 2, adapters=[2, -1])
     assert [int(row[-1].argmax()) for row in both] == [rows[0][0], rows[2][0]]
-    alone = Loaded(model, adapters.select(several, 2))
+    alone = Loaded(model, last)
     np.testing.assert_allclose(alone.logits([prompt] * 2, adapters=[0, -1]), both, atol=1e-5)
 
 
 def test_a_wrong_choice_is_named():
-    model, params, several = with_three("llama")
-    one = adapters.select(several, 0)
+    model, params, several, (one, _, _) = with_three("llama")
     for given, choice, message in [
         (several, None, "has 3 adapters: choose with adapters=, .* 0 to 2, or -1 for the base"),
         (several, 3, "no adapter 3: this model has 0 to 2, and -1 is the base alone"),
