@@ -86,7 +86,7 @@ CASES = [
     *(("llama", LORAS[kind]) for kind in LORAS),
     ("llama", RANK_0),
     ("gpt2", LORAS["lora"]),
-    ("mamba", MAMBA),
+    pytest.param("mamba", MAMBA, marks=pytest.mark.slow),
     pytest.param("mistral", LORAS["lora"], marks=pytest.mark.slow),
     pytest.param("gpt2", LORAS["dora"], marks=pytest.mark.slow),
     pytest.param("bert", LORAS["ranks"], marks=pytest.mark.slow),
@@ -154,7 +154,8 @@ CONFIGS = {
     "t5": ("t5", dict(r=2, lora_alpha=4, target_modules=["q", "wo"])),
     "vanilla": ("vanilla", dict(r=2, target_modules=["k_proj", "fc2"])),
 }  # fmt: skip
-SLOW = dict.fromkeys(("llama", "llama, regex", "mamba", "t5", "vanilla"), pytest.mark.slow)
+SLOWER = ("llama", "llama, regex", "bert", "mamba", "t5", "vanilla")
+SLOW = dict.fromkeys(SLOWER, pytest.mark.slow)
 
 
 @pytest.mark.ledger("B45")
