@@ -1,7 +1,9 @@
 """Opening what was trained or downloaded, `lm.load(path)`, and writing it in the other form."""
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,31 @@ import jax.numpy as jnp
 from lm.core.config import from_json, to_json
 from lm.core.mesh import param_sharding, replicated
 from lm.core.paths import flatten, map_with_path, shape_differences
+from lm.core.paths import merge as join
 from lm.data.tokenizer import load_tokenizer
-from lm.interop import gguf, hf, named
+from lm.interop import gguf, hf, named, peft
 from lm.interop.directory import refuse_existing, whole_directory
 from lm.interop.loaded import Loaded
+from lm.interop.peft_config import base_of, check_base
 from lm.models import adapters
 from lm.models import params as P
 from lm.train.checkpoint import Checkpoints, load_params
-from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
+from lm.train.run_dir import claim_run_dir, git_commit, installed_versions, read_config
 from lm.train.state import TrainState
+from lm.train.trainable import trained_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+Source = str | Path
 
 
 def load(
-    path: str | Path,
+    path: Source,
     *,
+    adapter: Source | Sequence[Source] | None = None,
     dtype: str = "float32",
     mesh: Any = None,
     step: int | None = None,
-    checkpoint_dir: str | Path | None = None,
+    checkpoint_dir: Source | None = None,
 ) -> Loaded:
     """Opens a run, a Hugging Face directory, a GGUF file, a named model, or one of the hub.
 
@@ -39,6 +46,8 @@ def load(
       path: a run directory of `lm train`; a directory with config.json and safetensors; a .gguf
         file; 'package:NAME', a model that a pinned package carries (`lm.interop.named`); or a hub
         id such as 'openai-community/gpt2', where there is a network.
+      adapter: a PEFT directory, or a run that trained an adapter, to put beside the kernels; or a
+        sequence of them, of which each row of a batch uses one, by number.
       dtype: of the parameters and of the computation, 'float32' or 'bfloat16'.
       mesh: a `jax.sharding.Mesh` to lay the parameters out on; None is one device.
       step: which checkpoint of a run; None is the best by validation loss.
@@ -48,12 +57,18 @@ def load(
       A `Loaded`, with `.model`, `.params`, `.tokenizer` and `.logits(tokens)`.
 
     Raises:
-      ValueError: if there is nothing there, or what is there cannot be read.
+      ValueError: if there is nothing there, or what is there cannot be read; if an adapter is of
+        another base, or would lie beside another.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is 'float32' or 'bfloat16', not {dtype!r}")
     local = Path(path)
-    if checkpoint_dir or (local / "checkpoints").is_dir():
+    if peft.is_directory(local) and adapter is None:
+        raise ValueError(
+            f"{local} holds a PEFT adapter: open its base with it, --adapter {local} or "
+            f"lm.load(BASE, adapter={str(path)!r})"
+        )
+    if checkpoint_dir or is_run(local):
         loaded = load_run(local, step, checkpoint_dir)
     elif str(path).startswith(named.PREFIX):
         loaded = named.load_named(str(path))
@@ -70,20 +85,83 @@ def load(
         loaded = hf.load_directory(download(str(path)))
     else:
         raise ValueError(f"there is no {path}")
+    loaded.name = str(path)
+    if adapter is not None:
+        loaded = with_adapters(loaded, adapter)
     loaded.params = place(loaded.model, loaded.params, dtype, mesh)
-    loaded.dtype, loaded.name = dtype, str(path)
+    loaded.dtype = dtype
     return loaded
 
 
-def load_merged(source: str | Path) -> Loaded:
-    """Opens a model as `load` does, with an adapter merged into the kernels that it adapts."""
-    loaded = load(source)
+def with_adapters(loaded: Loaded, adapter: Source | Sequence[Source]) -> Loaded:
+    """Returns a model with an adapter, or with several; arguments and errors as of `load`."""
+    if isinstance(adapter, str | Path):
+        return with_adapter(loaded, Path(adapter))
+    if len(adapter) == 0:
+        raise ValueError("there is no adapter: give at least one, or adapter=None")
+    each = [adapters.split(with_adapter(loaded, Path(one)).params)[1] for one in adapter]
+    return dataclasses.replace(loaded, params=adapters.stack(loaded.params, each))
+
+
+def with_adapter(loaded: Loaded, path: Path) -> Loaded:
+    """Returns a model with the adapter of a PEFT directory or of a run."""
     if adapters.adapted(flatten(loaded.params)):
-        loaded.params = adapters.merge(loaded.params)
-    return loaded
+        raise ValueError(
+            f"{loaded.name} holds an adapter already, and {path} cannot lie beside it: open their "
+            "base with both of them, or merge the first one into it"
+        )
+    if peft.is_directory(path):
+        return peft.load_adapter(loaded, path)
+    if not is_run(path):
+        raise ValueError(
+            f"{path} is neither a PEFT directory (it has no adapter_config.json) nor a run (it has "
+            "no checkpoints/)"
+        )
+    run = load_run(path, None, None)
+    check_frozen(path, run.params)
+    if wrong := shape_differences(P.abstract(run.model), P.abstract(loaded.model)):
+        raise ValueError(f"{path} is an adapter of another base: {wrong}")
+    if loaded.model != run.model:
+        check_base(base_of(run.model), base_of(loaded.model), path)
+    _, leaves = adapters.split(run.params)
+    return dataclasses.replace(loaded, params=join(loaded.params, leaves))
 
 
-def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) -> Loaded:
+def is_run(source: Source) -> bool:
+    """Whether a source is a run directory with its checkpoints."""
+    return (Path(source) / "checkpoints").is_dir()
+
+
+def check_frozen(path: Path, params: Any) -> None:
+    """Refuses a run whose adapter is not all that it trained, or that has none.
+
+    Raises:
+      ValueError: naming a parameter of the base that it trained.
+    """
+    if not adapters.adapted(flatten(params)):
+        raise ValueError(f"the run {path} holds no adapter")
+    table = from_json(read_config(path)["experiment"].get("trainable"))
+    trained = () if table is None else trained_paths(table, params)
+    if others := sorted(name for name in trained if not adapters.is_adapter(name)):
+        raise ValueError(
+            f"the run {path} trained {others[0]} beside its adapter, so that the adapter alone is "
+            "not what it learned: open the run itself, or export it with --format hf"
+        )
+
+
+def load_merged(source: Source) -> Loaded:
+    """Opens a model as `load` does, with an adapter merged into the kernels that it adapts."""
+    return merged(load(source))
+
+
+def merged(loaded: Loaded) -> Loaded:
+    """Returns a model with an adapter, where there is one, merged into the kernels it adapts."""
+    if not adapters.adapted(flatten(loaded.params)):
+        return loaded
+    return dataclasses.replace(loaded, params=adapters.merge(loaded.params))
+
+
+def load_run(path: Path, step: int | None, checkpoint_dir: Source | None) -> Loaded:
     """Opens a run directory of `lm train`."""
     config = path / "config.json"
     try:
@@ -96,7 +174,7 @@ def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) ->
     return Loaded(model, params, load_tokenizer(path))
 
 
-def import_model(source: str | Path, run: str | Path) -> Path:
+def import_model(source: Source, run: Source) -> Path:
     """Writes a model as a run directory, whole or not at all, which all commands open.
 
     An adapter is merged into the kernels that it adapts.
@@ -129,23 +207,48 @@ def import_model(source: str | Path, run: str | Path) -> Path:
     return run
 
 
-def export_model(source: str | Path, directory: str | Path) -> Path:
-    """Writes a model as a Hugging Face directory, whole or not at all, an adapter merged into it.
+def export_model(source: Source, directory: Source, format: str = "hf") -> Path:
+    """Writes a model in another form, whole or not at all.
 
     Args:
       source: anything that `load` opens.
       directory: what to write.
+      format: 'hf' is a Hugging Face directory, an adapter merged into it; 'peft' is the adapter of
+        a run alone, as peft reads it.
 
     Returns:
       `directory`.
 
     Raises:
-      ValueError: if `directory` exists, there is no model, or no Hugging Face class computes it.
+      ValueError: if `directory` exists, there is no model, no Hugging Face class computes it, or
+        it has not what the format holds.
     """
-    return hf.save_directory(load_merged(source), Path(directory).expanduser())
+    directory = Path(directory).expanduser()
+    refuse_existing(directory)
+    if format not in FORMATS:
+        raise ValueError(f"a format is one of {', '.join(FORMATS)}, not {format!r}")
+    return FORMATS[format](load(source), directory)
 
 
-def initial_params(source: str | Path, model: Any) -> Any:
+def save_merged(loaded: Loaded, directory: Path) -> Path:
+    """Writes a Hugging Face directory, an adapter merged into it."""
+    return hf.save_directory(merged(loaded), directory)
+
+
+def save_adapter(loaded: Loaded, directory: Path) -> Path:
+    """Writes the adapter of a run as a PEFT directory that names what the run started from."""
+    run = Path(loaded.name)
+    if not is_run(run):
+        raise ValueError(f"{run} is no run, and only a run that trained an adapter has one")
+    check_frozen(run, loaded.params)
+    return peft.save_adapter(loaded, directory, read_config(run).get("init_from", ""))
+
+
+# What `export_model` writes: functions of a `Loaded` and a new directory.
+FORMATS: dict[str, Callable[[Loaded, Path], Path]] = {"hf": save_merged, "peft": save_adapter}
+
+
+def initial_params(source: Source, model: Any) -> Any:
     """Returns the parameters of a source, on the host, for a model that has the same.
 
     Raises:

@@ -23,14 +23,16 @@ def import_model(source: Positional[str], run: Positional[str]) -> None:
     print(f"everything is in {write_run(source, run)}; next: lm generate {run} --prompt '...'")
 
 
-def export_model(model: Positional[str], directory: Positional[str]) -> None:
-    """Writes a model as a Hugging Face directory, which `from_pretrained` opens.
+def export_model(model: Positional[str], directory: Positional[str], format: str = "hf") -> None:
+    """Writes a model in a form that others open.
 
     Args:
       model: a run directory, a .gguf file, package:NAME, or another that `lm.load` opens.
       directory: what to write; it must not exist.
+      format: hf, a Hugging Face directory for `from_pretrained`, an adapter merged into it; or
+        peft, the adapter of a run alone.
     """
-    print(f"everything is in {write_directory(model, directory)}")
+    print(f"everything is in {write_directory(model, directory, format)}")
 
 
 def list_models(name: Positional[str] = "", preset: str = "") -> None:

@@ -27,6 +27,7 @@ def generate(
     repetition_penalty: float = 1.0,
     num_samples: int = 1,
     seed: int = 0,
+    adapter: str = "",
     dtype: str = "float32",
 ) -> list[str]:
     """Continues prompts and prints each with its continuation.
@@ -42,9 +43,10 @@ def generate(
       repetition_penalty: above 1 discourages tokens that are there already.
       num_samples: continuations of each prompt.
       seed: the same seed gives the same text.
+      adapter: a PEFT directory, or a run that trained an adapter, to use with the model.
       dtype: float32 or bfloat16.
     """
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, adapter=adapter or None, dtype=dtype)
     prompts = [text for text in prompt for _ in range(num_samples)]
     room = loaded.model.max_length
     texts = continue_texts(
@@ -65,7 +67,11 @@ def generate(
 
 
 def chat(
-    model: Positional[str], max_new_tokens: int = 200, temperature: float = 0.8, top_p: float = 0.95
+    model: Positional[str],
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    adapter: str = "",
 ) -> None:
     """Continues what is typed, line by line, as it is drawn; an empty line ends it.
 
@@ -74,8 +80,9 @@ def chat(
       max_new_tokens: at most that many tokens each.
       temperature: 0 is greedy.
       top_p: keep the likeliest tokens that hold this probability.
+      adapter: a PEFT directory, or a run that trained an adapter, to use with the model.
     """
-    loaded = load(model)
+    loaded = load(model, adapter=adapter or None)
     room = loaded.model.max_length
     seed = 0
     while True:
@@ -96,7 +103,11 @@ def chat(
 
 
 def evaluate(
-    model: Positional[str], split: str = "validation", data: str = "", batch_size: int = 32
+    model: Positional[str],
+    split: str = "validation",
+    data: str = "",
+    batch_size: int = 32,
+    adapter: str = "",
 ) -> dict[str, float]:
     """Measures a model on a split: loss, perplexity, bits, top-1 reconstruction.
 
@@ -105,8 +116,9 @@ def evaluate(
       split: train, validation or test.
       data: another text: headlines, text:PATH or tfds:NAME; '' is what the run was trained on.
       batch_size: rows of a batch.
+      adapter: a PEFT directory, or a run that trained an adapter, to use with the model.
     """
-    loaded = load(model)
+    loaded = load(model, adapter=adapter or None)
     if data:
         length = min(256, (loaded.model.max_length or 257) - 1)
         config: Any = TextData(data, length=length)

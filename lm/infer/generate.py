@@ -21,6 +21,7 @@ from lm.infer.decoding import (
     step,
 )
 from lm.infer.rows import Rows, bucket, check, encode, encode_source, pack, width_of
+from lm.models.adapter_rows import Adapters, choose
 from lm.models.encdec import EncoderDecoder
 from lm.ops.sampling import Sampling
 
@@ -57,6 +58,7 @@ def generate_tokens(
     seed: int = 0,
     keys: jax.Array | None = None,
     source: Rows | None = None,
+    adapters: Adapters = None,
     pad_id: int = 0,
     cache: bool = True,
     dtype: str = "float32",
@@ -78,6 +80,9 @@ def generate_tokens(
       seed: prompt b draws with `fold_in(key(seed), b)`.
       keys: (B,) typed PRNG keys instead of a seed, one per prompt.
       source: token ids for the encoder of an encoder-decoder.
+      adapters: which of the model's adapters continues a prompt, -1 for the base alone: one
+        number, or one per prompt. Other numbers are the same compiled program. None where there
+        is one adapter for all, or none.
       pad_id: fills the rows of the result that ended early.
       cache: False reads the whole row again for every token: slow, for tests and for models
         without a decoding state.
@@ -88,7 +93,8 @@ def generate_tokens(
 
     Raises:
       ValueError: if a prompt is empty, too long, or has an id out of range; if a setting is out of
-        range; if there is a source and no encoder, or the reverse.
+        range; if there is a source and no encoder, or the reverse; if there is no adapter of a
+        number, or several and none is chosen.
     """
     decoding, call = _begin(
         model,
@@ -99,6 +105,7 @@ def generate_tokens(
         seed=seed,
         keys=keys,
         source=source,
+        adapters=adapters,
         cache=cache,
         dtype=dtype,
         temperature=temperature,
@@ -240,6 +247,7 @@ def _begin(
     seed: int = 0,
     keys: jax.Array | None = None,
     source: Rows | None = None,
+    adapters: Adapters = None,
     cache: bool = True,
     dtype: str = "float32",
     **settings: Setting,
@@ -250,6 +258,9 @@ def _begin(
     rows = _with_start(model, prompts, source)
     check(rows, model, room=max_new_tokens)
     count = bucket(len(rows))
+    adapter_B = choose(params, adapters, len(rows))
+    if adapter_B is not None:
+        adapter_B = np.pad(adapter_B, (0, count - len(rows)), constant_values=-1)
     if cache:
         width, room = width_of(rows, model), bucket(max_new_tokens, least=16)
         if model.max_length is not None:
@@ -262,7 +273,7 @@ def _begin(
     arrays = pack(rows, width, count, left=cache)
     if source is not None:
         arrays += pack(source, width_of(source, model), count)
-    ctx = Context(dtype=dtype, cache_length=slots)
+    ctx = Context(dtype=dtype, cache_length=slots, adapter_B=adapter_B)
     reader = CACHED if cache else RECOMPUTE
     decoding = start(
         model,

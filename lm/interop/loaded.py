@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.core.context import Context
+from lm.models.adapter_rows import Adapters, choose
 from lm.models.encdec import EncoderDecoder
 
 Array = jax.Array
@@ -40,6 +41,7 @@ class Loaded:
         mask: Any = None,
         targets: Any = None,
         token_types: Any = None,
+        adapters: Adapters = None,
     ) -> Array:
         """Returns fp32 logits of every place.
 
@@ -48,19 +50,24 @@ class Loaded:
           mask: of the shape of `tokens`, 0 or False where it is padding; on either side.
           targets: (B, U) decoder inputs of an encoder-decoder, unshifted, start token included.
           token_types: sentence ids of the shape of `tokens` (BERT).
+          adapters: which of several adapters each row uses, -1 for the base alone: one number, or
+            one per row.
 
         Returns:
           (B, T, V), or (B, U, V) for an encoder-decoder.
 
         Raises:
           ValueError: for ids outside the vocabulary, shapes that differ, or targets that are
-            missing or not asked for.
+            missing or not asked for; if there is no adapter of a number, or several and none is
+            chosen.
         """
         tokens_BT = self._ids(tokens, "tokens")
         segments = None if mask is None else self._like(mask, tokens_BT, "mask").astype(np.int32)
         if token_types is not None:
             token_types = self._like(token_types, tokens_BT, "token_types")
-        ctx = Context(segments_BT=segments, token_types_BT=token_types, dtype=self.dtype)
+        adapter_B = choose(self.params, adapters, len(tokens_BT))
+        common = dict(adapter_B=adapter_B, dtype=self.dtype)
+        ctx = Context(segments_BT=segments, token_types_BT=token_types, **common)
         if isinstance(self.model, EncoderDecoder):
             if targets is None:
                 raise ValueError(
@@ -70,7 +77,7 @@ class Loaded:
             targets_BU = self._ids(targets, "targets")
             if len(targets_BU) != len(tokens_BT):
                 raise ValueError(f"{len(tokens_BT)} sources, but {len(targets_BU)} targets")
-            ctx = Context(source_BS=tokens_BT, source_segments_BS=segments, dtype=self.dtype)
+            ctx = Context(source_BS=tokens_BT, source_segments_BS=segments, **common)
             tokens_BT = targets_BU
         elif targets is not None:
             raise ValueError("only an encoder-decoder takes targets, and this model is none")

@@ -7,9 +7,9 @@ one each: writing puts unequal ones side by side, and B in blocks; reading gives
 
 import collections
 import dataclasses
+import json
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm.core.paths import flatten, unflatten
-from lm.interop.directory import read_json, whole_directory, write_json
+from lm.interop.directory import read_json, refuse_existing, whole_directory, write_json
 from lm.interop.loaded import Loaded
+from lm.interop.peft_config import (
+    CONFIG,
+    UNREACHED,
+    base_of,
+    check_base,
+    check_config,
+    is_target,
+    of_module,
+    sizes,
+    targets,
+    task_of_class,
+)
 from lm.models import adapters
 from lm.models.foreign import Linear, Weight
 from lm.models.zoo import family_of
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE = "lm_base"  # In the metadata of our files: what base the adapter is for.
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-# Keys that are read, and keys that say nothing about the function computed.
-READ = ("peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-READ += ("use_rslora", "use_dora", "bias", "init_lora_weights")
-INERT = ("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode")
-INERT += ("lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision")
-INERT += ("runtime_config", "task_type")
-# Other ways to start change the base, too, so that the adapter belongs to another one.
-STARTS = (True, False, "gaussian", "orthogonal", "eva")
-TASKS = {"CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
-TASKS["ConditionalGeneration"] = "SEQ_2_SEQ_LM"
-
 Leaves = dict[str, np.ndarray]
 
 
@@ -66,6 +68,11 @@ class Factors:
     m_O: np.ndarray | None
 
 
+def is_directory(path: Path) -> bool:
+    """Whether `path` holds a PEFT adapter."""
+    return (path / CONFIG).is_file()
+
+
 def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
     """Writes the adapter of a model as a directory that `peft.PeftModel.from_pretrained` opens.
 
@@ -78,10 +85,11 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
 
     Raises:
       ValueError: if no Hugging Face class computes the model, there is no adapter or several, some
-        kernels have column lengths and others none, a kernel is none of their modules, or `path`
-        exists.
+        kernels have column lengths and others none, a kernel is none of their modules or of one
+        that peft does not reach, or `path` exists.
     """
     path = Path(path)
+    refuse_existing(path)
     family = family_of(loaded.model)
     config = family.write_config(loaded.model)
     flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(loaded.params).items()}
@@ -96,6 +104,12 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
         raise ValueError(f"the adapter beside {lost[0]} has no place in a {config['model_type']}")
     found = {module.name: _gather(module, flat) for module in modules}
     factors = {name: each for name, each in found.items() if each is not None}
+    for ending in UNREACHED.get(config["model_type"], ()):
+        if name := next((name for name in factors if name.endswith(ending)), None):
+            raise ValueError(
+                f"peft computes no adapter of {name} in a {config['model_type']}: train one with "
+                "other targets, or merge it (lm export --format hf)"
+            )
     every = {name.rpartition(".")[0] for row in table for name in _names(row, flat)}
     tensors = {}
     for name, each in factors.items():
@@ -106,10 +120,10 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
     (architecture,) = config["architectures"]
     values = {
         "peft_type": "LORA",
-        "task_type": next((t for end, t in TASKS.items() if architecture.endswith(end)), None),
+        "task_type": task_of_class(architecture),
         "base_model_name_or_path": base or None,
-        **_sizes(factors),
-        "target_modules": _targets(factors.keys(), every),
+        **sizes({name: (len(each.a_RI), each.scale) for name, each in factors.items()}),
+        "target_modules": targets(factors.keys(), every),
         "fan_in_fan_out": any(not m.row.layout.transposed for m in modules if m.name in factors),
         "use_dora": dora == {True},
         "use_rslora": False,
@@ -121,7 +135,8 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
     with whole_directory(path) as scratch:
         write_json(scratch / CONFIG, values)
         contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        save_file(contiguous, scratch / TENSORS, metadata={"format": "pt"})
+        metadata = {"format": "pt", BASE: json.dumps(base_of(loaded.model))}
+        save_file(contiguous, scratch / TENSORS, metadata=metadata)
     return path
 
 
@@ -134,17 +149,24 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
 
     Raises:
       ValueError: naming a file that is missing or damaged, a config key whose meaning is not
-        implemented, a tensor that nothing maps or whose shape is not of this base or of the rank
-        that the config says, or a target without tensors.
+        implemented, targets that fit no module, a tensor that nothing maps or whose shape is not
+        of this base or of the rank that the config says, a target without tensors, or what
+        differs between this base and that of an adapter that this package wrote.
     """
     path = Path(path)
     if adapters.adapted(flatten(loaded.params)):
         raise ValueError("these parameters hold an adapter already: merge or remove it first")
     config = read_json(path / CONFIG)
     check_config(config)
-    tensors = _read_tensors(path / TENSORS)
+    tensors, metadata = _read_tensors(path / TENSORS)
+    check_base(json.loads(metadata.get(BASE, "{}")), base_of(loaded.model), path)
     flat = dict(flatten(loaded.params))
     modules = list(modules_of(family_of(loaded.model).weights(loaded.model), loaded))
+    if not any(is_target(module.name, config["target_modules"]) for module in modules):
+        raise ValueError(
+            f"no module of this base fits target_modules = {config['target_modules']!r} of "
+            f"{path / CONFIG}: the adapter is of another base"
+        )
     found = collections.defaultdict(dict)
     for module in modules:
         shapes = [flat[ours].shape[module.repeat is not None :] for ours in module.row.paths]
@@ -155,29 +177,9 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
     if tensors:
         names = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path / TENSORS} has tensors that nothing in this base maps: {names}")
-    if not found:
-        raise ValueError(f"{path / TENSORS} holds no adapter")
     for ours, repeats in found.items():
         flat.update(adapters.leaves_beside(ours, _stack(repeats, flat[ours])))
     return dataclasses.replace(loaded, params=unflatten(flat))
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuses a config that says anything but plain LoRA, rank-stabilised LoRA or DoRA.
-
-    Raises:
-      ValueError: naming the key, and its value.
-    """
-    wanted = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": STARTS}
-    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if key not in config:
-            raise ValueError(f"{CONFIG} has no {key}: it is not of a LoRA adapter")
-    for key, value in config.items():
-        if key in wanted and value not in wanted[key]:
-            raise ValueError(f"{key} of {CONFIG} is {value!r}, and only {wanted[key]} is read")
-        # An empty setting switches off what it names, whatever that is.
-        if key not in (*READ, *INERT) and not _empty(value):
-            raise ValueError(f"{CONFIG} has {key} = {value!r}, which is not implemented")
 
 
 def modules_of(table: Sequence[Weight], loaded: Loaded) -> Iterator[Module]:
@@ -205,7 +207,7 @@ def _gather(module: Module, flat: Mapping[str, np.ndarray]) -> Factors | None:
             leaves = {name: leaf[module.repeat] for name, leaf in leaves.items()}
             kernel = kernel[module.repeat]
         kernels.append(kernel.reshape(math.prod(kernel.shape[: module.row.layout.num_in]), -1))
-        parts.append(_factors(leaves, len(kernels[-1])) if leaves else None)
+        parts.append(_factors(leaves, kernels[-1]) if leaves else None)
     given = [part for part in parts if part is not None]
     if not given:
         return None
@@ -230,65 +232,21 @@ def _gather(module: Module, flat: Mapping[str, np.ndarray]) -> Factors | None:
     return Factors(a_RI, np.concatenate(blocks), first.scale, m_O)
 
 
-def _factors(leaves: Mapping[str, np.ndarray], fan_in: int) -> Factors | None:
+def _factors(leaves: Mapping[str, np.ndarray], kernel_IO: np.ndarray) -> Factors | None:
     """Returns the leaves beside one kernel of one layer without the zeros of a lower rank."""
     scale = float(leaves["scale"])
+    fan_in, fan_out = kernel_IO.shape
     a_IR = leaves["a"].reshape(fan_in, -1)
-    b_RO = leaves["b"].reshape(a_IR.shape[1], -1)
+    b_RO = leaves["b"].reshape(-1, fan_out)
+    m_O = leaves["m"].reshape(-1) if "m" in leaves else None
     used = a_IR.any(axis=0) | b_RO.any(axis=1)
     if scale == 0 or not used.any():
-        return None
-    m_O = leaves["m"].reshape(-1) if "m" in leaves else None
+        if m_O is None or np.allclose(m_O, np.linalg.norm(kernel_IO, axis=0), rtol=1e-6):
+            return None
+        # A DoRA of rank 0 has lengths of columns all the same; theirs has at least rank 1.
+        zeros = np.zeros((1, fan_in), np.float32), np.zeros((fan_out, 1), np.float32)
+        return Factors(*zeros, 1.0, m_O)
     return Factors(a_IR.T[used], b_RO.T[:, used], scale, m_O)
-
-
-def _sizes(factors: Mapping[str, Factors]) -> dict[str, Any]:
-    """Returns ranks and alphas, the commonest as the rule and the others as exceptions."""
-    ranks = {name: len(each.a_RI) for name, each in factors.items()}
-    alphas = {name: _number(each.scale * ranks[name]) for name, each in factors.items()}
-    rank = collections.Counter(ranks.values()).most_common(1)[0][0]
-    alpha = collections.Counter(alphas.values()).most_common(1)[0][0]
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: each for name, each in alphas.items() if each != alpha},
-    }
-
-
-def _number(value: float) -> int | float:
-    """Returns an integer where fp32 cannot tell the value from one."""
-    return round(value) if abs(value - round(value)) <= 1e-6 * abs(value) else value
-
-
-def _targets(names: Collection[str], every: Collection[str]) -> list[str]:
-    """Returns endings of names, the shortest that are no endings of the other modules of a model.
-
-    Short ones, since some readers take no whole paths.
-    """
-    targets = set()
-    for name in names:
-        parts = name.split(".")
-        endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        targets.add(
-            next(e for e in endings if not any(is_target(n, [e]) for n in every if n not in names))
-        )
-    return sorted(targets)
-
-
-def is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether a config targets a module: by a regular expression of all of it, or by endings."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _of_module(config: Mapping[str, Any], key: str, pattern_key: str, name: str) -> Any:
-    """Returns the rank or alpha of a module: the first exception that fits, or the rule."""
-    for pattern, value in (config.get(pattern_key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return config[key]
 
 
 def _take(
@@ -305,8 +263,8 @@ def _take(
     for name in names:
         if name not in tensors:
             raise ValueError(f"{CONFIG} targets {module.name}, and {TENSORS} has no {name}")
-    rank = _of_module(config, "r", "rank_pattern", module.name)
-    alpha = _of_module(config, "lora_alpha", "alpha_pattern", module.name)
+    rank = of_module(config, "r", "rank_pattern", module.name)
+    alpha = of_module(config, "lora_alpha", "alpha_pattern", module.name)
     num_in = module.row.layout.num_in
     fan_in = math.prod(shapes[0][:num_in])
     fan_out = sum(math.prod(shape[num_in:]) for shape in shapes)
@@ -361,17 +319,15 @@ def _stack(repeats: Mapping[int | None, Leaves], kernel: Any) -> Leaves:
     return {name: np.stack([leaves[name] for leaves in full]) for name in example}
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns name -> fp32 array; ValueError if the file is missing or damaged."""
+def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns name -> fp32 array, and the metadata; ValueError if missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; adapters are read from safetensors only")
     try:
         # Only the flax reader knows bfloat16, which numpy has no name for.
         with safe_open(path, framework="flax") as file:
-            return {n: np.asarray(file.get_tensor(n), np.float32) for n in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _empty(value: Any) -> bool:
-    return value is None or value is False or value in ([], {}, "")

@@ -325,7 +325,7 @@ def select(params: Params, index: int) -> dict:
     flat = dict(flatten(params))
     for path in adapted(flat):
         leaves, kernel = beside(flat, path), flat[path]
-        lead = leaves["scale"].ndim - _several(leaves, kernel)
+        lead = leaves["scale"].ndim - several(leaves, kernel)
         if lead == leaves["scale"].ndim or not 0 <= index < leaves["scale"].shape[lead]:
             raise ValueError(f"there is no adapter {index} beside {path}")
         chosen = {name: jnp.take(leaf, index, axis=lead) for name, leaf in leaves.items()}
@@ -339,12 +339,12 @@ def single(flat: Mapping[str, Any]) -> list[str]:
     if not paths:
         raise ValueError("these parameters hold no adapter")
     for path in paths:
-        if _several(beside(flat, path), flat[path]):
+        if several(beside(flat, path), flat[path]):
             raise ValueError("these parameters hold several adapters: select one of them first")
     return paths
 
 
-def _several(leaves: Mapping[str, Any], kernel: Any) -> int:
+def several(leaves: Mapping[str, Any], kernel: Any) -> int:
     """Returns how many dimensions of adapters the leaves beside a kernel have, 0 or 1."""
     # Both a and b have those of layers, of adapters and of the rank; the scale the first two.
     return leaves["a"].ndim + leaves["b"].ndim - 2 - kernel.ndim - leaves["scale"].ndim

@@ -1,7 +1,10 @@
 """PEFT adapters, in and out, against peft itself."""
 
-import copy
 import json
+import shutil
+import warnings
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,86 +15,107 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from lm.core.context import Context
 from lm.core.paths import flatten
 from lm.core.paths import merge as join
 from lm.interop.hf import save_directory
 from lm.interop.loaded import Loaded
-from lm.interop.peft import load_adapter, save_adapter
+from lm.interop.peft import TENSORS, load_adapter, modules_of, save_adapter
+from lm.interop.peft_config import CONFIG
 from lm.models import adapters
 from lm.models import params as P
-from lm.models.adapters import LoRA
-from lm.models.zoo import get_family
-from tests.models.test_adapters import LORAS, adapted
+from lm.models.adapters import LoRA, Rank
+from lm.models.encdec import EncoderDecoder
+from lm.models.zoo import family_of, get_family
+from lm.ops.rotary import Rotary
+from tests.conformance.harness import tiny
+from tests.models.test_adapters import EVERY, LORAS, adapted
 from tests.parity import hf
 
-SMALL = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
-BASES = {
-    "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)
-    ),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=61, n_positions=64, n_embd=32, n_head=4, n_layer=3, bos_token_id=1,
-            eos_token_id=1,
-        )
-    ),
-    "bert": lambda: transformers.BertForPreTraining(
-        transformers.BertConfig(**SMALL, intermediate_size=48)
-    ),
-    "mamba": lambda: transformers.MambaForCausalLM(
-        transformers.MambaConfig(
-            vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=3
-        )
-    ),
-}  # fmt: skip
+# peft reads the kernels of out_proj and dt_proj past the adapter.
+MAMBA = LoRA(4, alpha=4, targets=("*/up/*", "*/select/*"), rank_stabilized=True)
+RANK_0 = LoRA(4, targets=EVERY, dora=True, ranks=(Rank("*/v/*", 0, (1,)),))
+TOKENS = hf.ids(61)
+TARGETS = hf.ids(61, (2, 9), seed=1)
 
 
-def base(name: str) -> tuple[torch.nn.Module, Loaded]:
-    module = hf.randomize(BASES[name]())
-    return module, Loaded(*hf.import_torch(get_family(name), module))
+def model_of(name: str):
+    """Returns the tiny model of a family, every parameter random."""
+    if name != "mistral":
+        return tiny(name)
+    return get_family("llama").build(**get_family("llama").tiny | {"window": 8}), tiny("llama")[1]
 
 
-def logits(module) -> np.ndarray:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A function: family -> the Hugging Face class on the directory that we export, and ours."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def make(name: str):
+        loaded, path = Loaded(*model_of(name)), folder / name
+        if not path.exists():
+            save_directory(loaded, path)
+        (kind,) = json.loads((path / "config.json").read_text())["architectures"]
+        return getattr(transformers, kind).from_pretrained(path).eval(), loaded
+
+    return make
+
+
+def options_of(loaded: Loaded) -> dict:
+    return {"targets": TARGETS} if isinstance(loaded.model, EncoderDecoder) else {}
+
+
+def our_logits(loaded: Loaded) -> np.ndarray:
+    return np.asarray(loaded.logits(TOKENS, **options_of(loaded)))
+
+
+def logits_of(module) -> torch.Tensor:
+    inputs = {"input_ids": torch.from_numpy(TOKENS).long()}
+    if module.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.from_numpy(TARGETS).long()
+    out = module(**inputs)
+    return out.prediction_logits if hasattr(out, "prediction_logits") else out.logits
+
+
+def assert_same_logits(ours: np.ndarray, module) -> None:
     with torch.no_grad():
-        out = module(torch.from_numpy(hf.ids(61)).long())
-    return (out.prediction_logits if hasattr(out, "prediction_logits") else out.logits).numpy()
-
-
-def assert_same_logits(loaded: Loaded, module, tolerance: float = 1e-5) -> None:
-    ours = np.asarray(loaded.logits(hf.ids(61)))
-    assert np.abs(ours - logits(module)).max() <= tolerance
+        assert np.abs(ours - logits_of(module).numpy()).max() <= 1e-5
 
 
 CASES = [
-    *(("llama", kind) for kind in LORAS),
-    ("gpt2", "lora"),
-    ("gpt2", "dora"),
-    ("bert", "lora"),
-    ("mamba", "rslora"),
+    *(("llama", LORAS[kind]) for kind in LORAS),
+    ("llama", RANK_0),
+    ("gpt2", LORAS["lora"]),
+    pytest.param("mamba", MAMBA, marks=pytest.mark.slow),
+    pytest.param("mistral", LORAS["lora"], marks=pytest.mark.slow),
+    pytest.param("gpt2", LORAS["dora"], marks=pytest.mark.slow),
+    pytest.param("bert", LORAS["ranks"], marks=pytest.mark.slow),
+    pytest.param("t5", LORAS["lora"], marks=pytest.mark.slow),
+    pytest.param("vanilla", LORAS["lora"], marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("name, kind", CASES)
-def test_peft_reads_what_we_write(name, kind, tmp_path):
-    """peft's logits are ours; and so are those of what we read back."""
+@pytest.mark.parametrize("name, lora", CASES)
+def test_peft_reads_what_we_write(name, lora, base, tmp_path):
+    """peft's logits are ours; and so are those of what we read back, also as peft writes it."""
     module, loaded = base(name)
-    lora = LORAS[kind]
-    if name == "mamba":
-        # peft refuses out_proj, whose kernel it would read past the adapter.
-        lora = LoRA(4, targets=("*/up/*", "*/select/*"), rank_stabilized=True)
-    changed = copy.copy(loaded)
-    changed.params = adapted(loaded.model, loaded.params, lora)
+    changed = replace(loaded, params=adapted(loaded.model, loaded.params, lora))
     save_adapter(changed, tmp_path / "adapter", base="a-base")
-    theirs = peft.PeftModel.from_pretrained(module, str(tmp_path / "adapter")).eval()
-    assert np.abs(logits(theirs) - np.asarray(loaded.logits(hf.ids(61)))).max() > 1e-2
-    assert_same_logits(changed, theirs)
-    back = load_adapter(loaded, tmp_path / "adapter")
-    assert_same_logits(back, theirs)
-    if name == "llama":
-        for path, leaf in flatten(changed.params).items():
-            np.testing.assert_allclose(flatten(back.params)[path], leaf, rtol=1e-6, err_msg=path)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"adapter"}
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CONFIG, TENSORS}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Unexpected keyword")  # Keys that peft does not know.
+        theirs = peft.PeftModel.from_pretrained(module, str(tmp_path / "adapter")).eval()
+    ours = our_logits(changed)
+    assert np.abs(ours - our_logits(loaded)).max() > 1e-2
+    assert_same_logits(ours, theirs)
+    theirs.save_pretrained(tmp_path / "again")
+    for directory in ("adapter", "again"):
+        back = load_adapter(loaded, tmp_path / directory)
+        np.testing.assert_allclose(our_logits(back), ours, atol=1e-5)
+        if name not in ("gpt2", "mamba") and lora is not RANK_0:  # Those are not in blocks.
+            for path, leaf in flatten(changed.params).items():
+                np.testing.assert_allclose(flatten(back.params)[path], leaf, 1e-6, err_msg=path)
 
 
 def with_peft(module, directory, **config):
@@ -125,94 +149,87 @@ CONFIGS = {
     "gpt2, dora": (
         "gpt2", dict(r=3, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
     ),
+    "bert": ("bert", dict(r=2, target_modules=["query", "intermediate.dense"])),
+    "mamba": ("mamba", dict(r=2, target_modules=["in_proj", "x_proj"])),
+    "t5": ("t5", dict(r=2, lora_alpha=4, target_modules=["q", "wo"])),
+    "vanilla": ("vanilla", dict(r=2, target_modules=["k_proj", "fc2"])),
 }  # fmt: skip
+SLOWER = ("llama", "llama, regex", "bert", "mamba", "t5", "vanilla")
+SLOW = dict.fromkeys(SLOWER, pytest.mark.slow)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_we_read_what_peft_writes(case, tmp_path):
-    """Logits, the merged model, and the tensors written again, bit for bit."""
+@pytest.mark.ledger("B45")
+@pytest.mark.parametrize("case", [pytest.param(c, marks=SLOW.get(c, ())) for c in CONFIGS])
+def test_we_read_what_peft_writes(case, base, tmp_path):
+    """Logits, gradients, the merged model, and the tensors written again, bit for bit."""
     name, config = CONFIGS[case]
     module, loaded = base(name)
     theirs = with_peft(module, tmp_path / "theirs", **config)
     ours = load_adapter(loaded, tmp_path / "theirs")
-    assert_same_logits(ours, theirs)
+    frozen, adapter = adapters.split(ours.params)
+    shape = our_logits(loaded).shape
+    weights = np.random.default_rng(2).normal(size=shape).astype(np.float32) / shape[0] / shape[1]
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradients(adapter):
+        options = options_of(loaded)
+        tokens = options.get("targets", TOKENS)
+        ctx = Context(source_BS=jnp.asarray(TOKENS)) if options else Context()
+        logits, _ = loaded.model.apply({"params": join(frozen, adapter)}, tokens, ctx)
+        return jnp.sum(logits * weights), logits
+
+    grads, logits = gradients(adapter)
+    assert_same_logits(np.asarray(logits), theirs)
+    torch.sum(logits_of(theirs) * torch.from_numpy(weights)).backward()
+    assert_same_gradients(flatten(grads), theirs, ours)
     save_adapter(ours, tmp_path / "ours")
-    written, original = (
-        load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs")
-    )
+    written, original = (load_file(tmp_path / side / TENSORS) for side in ("ours", "theirs"))
     assert written.keys() == original.keys()
     for key, array in original.items():
         np.testing.assert_array_equal(written[key], array, err_msg=key)
-    merged = copy.copy(ours)
-    merged.params = adapters.merge(ours.params)
-    assert_same_logits(merged, theirs.merge_and_unload())
+    merged = replace(ours, params=jax.jit(adapters.merge)(ours.params))
+    assert_same_logits(our_logits(merged), theirs.merge_and_unload())
 
 
-@pytest.mark.parametrize("case", ["llama, patterns", "llama, dora", "gpt2"])
-def test_gradients_equal_pefts(case, tmp_path):
-    """Of A, B and the lengths of columns, by the names that the adapter is written with."""
-    name, config = CONFIGS[case]
-    module, loaded = base(name)
-    theirs = with_peft(module, tmp_path / "theirs", **config)
-    ours = load_adapter(loaded, tmp_path / "theirs")
-    tokens = hf.ids(61)
-    long = torch.from_numpy(tokens).long()
-    theirs(input_ids=long, labels=long).loss.backward()
-    frozen, adapter = adapters.split(ours.params)
-
-    @jax.jit
-    @jax.grad
-    def gradient(adapter):
-        logits, _ = ours.model.apply({"params": join(frozen, adapter)}, jnp.asarray(tokens))
-        log_probs = jax.nn.log_softmax(logits[:, :-1])
-        return -jnp.take_along_axis(log_probs, jnp.asarray(tokens)[:, 1:, None], -1).mean()
-
-    grads = {path: np.asarray(leaf) for path, leaf in flatten(gradient(adapter)).items()}
-    layer = 1
-    seen = 0
-    for key, parameter in theirs.named_parameters():
-        if f".{layer}." not in key or parameter.grad is None:
+def assert_same_gradients(grads, theirs, loaded: Loaded) -> None:
+    """Of A, B and the lengths of columns, each relative to its largest."""
+    expected = {
+        name.replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in theirs.named_parameters()
+        if parameter.grad is not None
+    }
+    for module in modules_of(get_weights(loaded), loaded):
+        prefix = f"base_model.model.{module.name}."
+        if f"{prefix}lora_A.weight" not in expected:
             continue
-        paths, _ = OURS[name][next(k for k in OURS[name] if f".{k}." in key)]
-        letter = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "m"}[
-            next(n for n in ("lora_A", "lora_B", "lora_magnitude_vector") if n in key)
-        ]
-        found = [grads[f"{AT}{path}/lora_{letter}"][layer] for path in paths]
-        expected = parameter.grad.numpy()
-        if letter == "a":
-            # Several kernels of one module share its A: their gradients add up.
-            total = sum(leaf.reshape(-1, leaf.shape[-1]).T for leaf in found)[: len(expected)]
-        elif letter == "b":
-            rank = expected.shape[1]
-            total = np.concatenate([leaf.reshape(len(leaf), -1)[:rank].T for leaf in found])
-        else:
-            total = np.concatenate([leaf.reshape(-1) for leaf in found])
-        np.testing.assert_allclose(total, expected, atol=1e-5, err_msg=key)
-        seen += 1
-    assert seen == sum(path[-1] in "abm" for path in flatten(adapter)) - 2 * 2 * (name == "gpt2")
+        num_in, rank = module.row.layout.num_in, len(expected[f"{prefix}lora_A.weight"])
+        at = [path.removesuffix("kernel") for path in module.row.paths]
+        a, b = ([np.asarray(grads[f"{p}lora_{x}"])[module.repeat] for p in at] for x in "ab")
+        # Several kernels of one module share its A: their gradients add up.
+        found = {"lora_A.weight": sum(g.reshape(-1, g.shape[-1]).T for g in a)[:rank]}
+        found["lora_B.weight"] = np.concatenate([g.reshape(len(g), -1)[:rank].T for g in b])
+        if f"{at[0]}lora_m" in grads:
+            m = [np.asarray(grads[f"{p}lora_m"])[module.repeat].reshape(-1) for p in at]
+            found["lora_magnitude_vector.weight"] = np.concatenate(m)
+        assert all(g.ndim - 1 == num_in for g in a)
+        for ending, gradient in found.items():
+            theirs_here = expected.pop(prefix + ending)
+            error = np.abs(gradient - theirs_here).max() / np.abs(theirs_here).max()
+            assert error <= 1e-4, (module.name, ending, error)
+    assert not expected, sorted(expected)
 
 
-AT = "stack/pattern/blocks_0/"
-OURS = {
-    "llama": {
-        "q_proj": (["mixer/layer/q"], 1),
-        "v_proj": (["mixer/layer/v"], 1),
-        "o_proj": (["mixer/layer/out"], 2),
-        "gate_proj": (["mlp/layer/gate"], 1),
-    },
-    "gpt2": {
-        "c_attn": ([f"mixer/layer/{p}" for p in "qkv"], 1),
-        "mlp.c_proj": (["mlp/layer/down"], 1),
-    },
-}
+def get_weights(loaded: Loaded):
+    return family_of(loaded.model).weights(loaded.model)
 
 
 def edited(directory, tensors=None, **config):
     """Changes an adapter that lies there."""
-    values = json.loads((directory / "adapter_config.json").read_text())
-    (directory / "adapter_config.json").write_text(json.dumps(values | config))
+    values = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(values | config))
     if tensors is not None:
-        file = directory / "adapter_model.safetensors"
+        file = directory / TENSORS
         save_file(tensors(load_file(file)), file)
 
 
@@ -227,6 +244,7 @@ EDITS = {
     "changed base": (dict(init_lora_weights="pissa"), "init_lora_weights of .* is 'pissa'"),
     "unknown key": (dict(use_new=True), "use_new = True, which is not implemented"),
     "another rank": (dict(r=5), r"lora_A.weight has shape \(4, 32\), and rank 5 .* \(5, 32\)"),
+    "no targets": (dict(target_modules=["w_proj"]), "no module of this base fits .*'w_proj'"),
     "more targets": (dict(target_modules=["q_proj", "k_proj"]), "targets .*k_proj, and .* has no"),
     "fewer targets": (dict(target_modules=["q_proj"]), "tensors that nothing .* maps: .*v_proj"),
     "no tensors": (dict(tensors=lambda t: without(t, "0.self_attn.q_proj.lora_B")), "has no .*B"),
@@ -239,14 +257,16 @@ EDITS = {
 
 @pytest.fixture(scope="module")
 def llama():
-    return base("llama")[1]
+    return Loaded(*tiny("llama"))
 
 
-def saved(llama, directory):
-    changed = copy.copy(llama)
-    changed.params = adapted(llama.model, llama.params, LoRA(4))
+def saved(llama, directory, lora=LoRA(4)):
+    changed = replace(llama, params=adapters.add(llama.model, llama.params, lora, KEY))
     save_adapter(changed, directory)
     return changed
+
+
+KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -268,9 +288,19 @@ def test_mistakes_write_nothing(llama, tmp_path, monkeypatch):
         save_directory(changed, tmp_path / "b")
     with pytest.raises(ValueError, match="hold an adapter already"):
         load_adapter(changed, tmp_path / "a")
-    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"\x10" * 20)
-    with pytest.raises(ValueError, match="is damaged"):
+    whole = (tmp_path / "a" / TENSORS).read_bytes()
+    for damaged in (b"\x10" * 20, whole[:-1], whole[:100], b""):
+        (tmp_path / "a" / TENSORS).write_bytes(damaged)
+        with pytest.raises(ValueError, match="safetensors is damaged"):
+            load_adapter(llama, tmp_path / "a")
+    (tmp_path / "a" / TENSORS).unlink()
+    with pytest.raises(ValueError, match="safetensors is missing"):
         load_adapter(llama, tmp_path / "a")
+    mamba = Loaded(*tiny("mamba"))
+    with pytest.raises(
+        ValueError, match=r"peft computes no adapter of .*\.0\.mixer\.out_proj in a"
+    ):
+        saved(mamba, tmp_path / "b", LoRA(2, targets=("*/out/*",)))
 
     def fail(*_, **__):
         raise OSError("no space")
@@ -282,12 +312,28 @@ def test_mistakes_write_nothing(llama, tmp_path, monkeypatch):
 
 
 def test_other_bases_are_refused(llama, tmp_path):
-    """An adapter of GPT-2 on a Llama, and one of a wider Llama."""
-    saved(llama, tmp_path / "a")
-    _, gpt2 = base("gpt2")
-    with pytest.raises(ValueError, match="tensors that nothing in this base maps"):
-        load_adapter(gpt2, tmp_path / "a")
-    model = get_family("llama").build(**get_family("llama").tiny | {"num_features": 64})
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), P.abstract(model))
-    with pytest.raises(ValueError, match=r"has shape \(4, 32\), and rank 4 on this base"):
-        load_adapter(Loaded(model, params), tmp_path / "a")
+    """An adapter of a Llama on GPT-2, on a wider Llama, and on one of another rotation."""
+    saved(llama, tmp_path / "ours")
+    # What others write says nothing of the base.
+    theirs = tmp_path / "theirs"
+    shutil.copytree(tmp_path / "ours", theirs)
+    edited(theirs, tensors=lambda tensors: tensors)
+    family = get_family("llama")
+
+    def made(**changes):
+        model = family.build(**family.tiny | changes)
+        params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), P.abstract(model))
+        return Loaded(model, params)
+
+    for path, other, message in [
+        (tmp_path / "ours", Loaded(*tiny("gpt2")), "another base: model_type is 'llama' there and"),
+        (tmp_path / "ours", made(num_features=64), "hidden_size is 32 there and 64 here"),
+        (tmp_path / "ours", made(rotary=Rotary(600.0)), "rope_theta is 500.0 there and 600.0 here"),
+        (theirs, Loaded(*tiny("gpt2")), "no module of this base fits target_modules = "),
+        (theirs, made(num_features=64), r"has shape \(4, 32\), and rank 4 on this base"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_adapter(other, path)
+    # How long a text may be and what is dropped in training change no adapter.
+    load_adapter(made(max_length=32), tmp_path / "ours")
+    load_adapter(made(rotary=Rotary(600.0)), theirs)
