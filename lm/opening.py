@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from lm.core.config import from_json, to_json
 from lm.core.mesh import param_sharding, replicated
-from lm.core.paths import flatten, map_with_path, shape_differences
+from lm.core.paths import flatten, map_with_path, shape_differences, unflatten
 from lm.data.tokenizer import load_tokenizer
 from lm.interop import gguf, hf, named
 from lm.interop.directory import refuse_existing, whole_directory
@@ -20,9 +21,11 @@ from lm.models import adapters
 from lm.models import params as P
 from lm.train.checkpoint import Checkpoints, load_params
 from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
-from lm.train.state import TrainState
+from lm.train.state import TrainState, fresh_params
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a task puts on a body that was pretrained without it.
+HEAD = ("pooler", "classifier")
 
 
 def load(
@@ -87,13 +90,14 @@ def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) ->
     """Opens a run directory of `lm train`."""
     config = path / "config.json"
     try:
-        experiment = json.loads(config.read_text())["experiment"]
+        content = json.loads(config.read_text())
+        experiment, labels = content["experiment"], tuple(content.get("labels", ()))
         model, lora = from_json(experiment["model"]), from_json(experiment.get("adapter"))
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{config} is not the config of a run: {error}") from error
     shapes = P.abstract(model) if lora is None else adapters.abstract(model, lora)
     params, _ = load_params(checkpoint_dir or path / "checkpoints", shapes, step)
-    return Loaded(model, params, load_tokenizer(path))
+    return Loaded(model, params, load_tokenizer(path), labels=labels)
 
 
 def import_model(source: str | Path, run: str | Path) -> Path:
@@ -118,6 +122,7 @@ def import_model(source: str | Path, run: str | Path) -> Path:
         "experiment": {"model": to_json(loaded.model)},
         "data": "",
         "init_from": str(source),
+        "labels": list(loaded.labels),
         "versions": installed_versions(),
         "commit": git_commit(),
     }
@@ -145,16 +150,42 @@ def export_model(source: str | Path, directory: str | Path) -> Path:
     return hf.save_directory(load_merged(source), Path(directory).expanduser())
 
 
-def initial_params(source: str | Path, model: Any) -> Any:
-    """Returns the parameters of a source, on the host, for a model that has the same.
+def initial_params(
+    source: str | Path, model: Any, seed: int = 0, echo: Callable[[str], None] = print
+) -> Any:
+    """Returns the parameters of a source, on the host, for a model with the same body.
+
+    Leaves of the pooler and the classifier that the source lacks are fresh, as a run of this seed
+    would draw them. Those that only the source has are left out, and so is its head where the model
+    has none. One line names both.
+
+    Args:
+      source: anything that `load` opens; an adapter is merged into the kernels that it adapts.
+      model: what is to start from it.
+      seed: of fresh leaves.
+      echo: prints that line.
 
     Raises:
       ValueError: naming the leaves that differ in shape, or that only one of the two has.
     """
-    params = load_merged(source).params
-    if wrong := shape_differences(params, P.abstract(model)):
+    there, here = flatten(load_merged(source).params), flatten(P.abstract(model))
+    spare = HEAD if getattr(model, "head", None) is not None else ("head", *HEAD)
+    fresh = sorted(path for path in here.keys() - there.keys() if path.split("/")[0] in HEAD)
+    unused = {path for path in there.keys() - here.keys() if path.split("/")[0] in spare}
+    kept = {path: leaf for path, leaf in there.items() if path not in unused}
+    rest = {path: leaf for path, leaf in here.items() if path not in fresh}
+    if wrong := shape_differences(unflatten(kept), unflatten(rest)):
         raise ValueError(f"{source} is no start for this model: {wrong}")
-    return jax.device_get(params)  # The state is laid out on a mesh, from wherever they come.
+    if fresh or unused:
+        names = {"fresh": fresh, "left out": sorted(unused)}
+        found = [f"{what}: {', '.join(paths)}" for what, paths in names.items() if paths]
+        echo(f"starts from {source}; {'; '.join(found)}")
+    if fresh:
+        # Compiled alone, it draws these leaves and no others.
+        draw = jax.jit(lambda: [flatten(fresh_params(model, seed))[path] for path in fresh])
+        kept |= dict(zip(fresh, draw()))
+    # The state is laid out on a mesh, from wherever they come.
+    return jax.device_get(unflatten(kept))
 
 
 def download(name: str) -> Path:
