@@ -19,6 +19,7 @@ from lm.interop.directory import refuse_existing, whole_directory
 from lm.interop.loaded import Loaded
 from lm.models import adapters
 from lm.models import params as P
+from lm.models.tasks import task_of
 from lm.train.checkpoint import Checkpoints, load_params
 from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
 from lm.train.state import TrainState, fresh_params
@@ -156,8 +157,8 @@ def initial_params(
     """Returns the parameters of a source, on the host, for a model with the same body.
 
     Leaves of the pooler and the classifier that the source lacks are fresh, as a run of this seed
-    would draw them. Those that only the source has are left out, and so is its head where the model
-    has none. One line names both.
+    would draw them. Those that only the source has are left out, and so are its classifier where it
+    is for another task and its head where the model has none. One line names both.
 
     Args:
       source: anything that `load` opens; an adapter is merged into the kernels that it adapts.
@@ -168,16 +169,19 @@ def initial_params(
     Raises:
       ValueError: naming the leaves that differ in shape, or that only one of the two has.
     """
-    there, here = flatten(load_merged(source).params), flatten(P.abstract(model))
+    loaded = load_merged(source)
+    there, here = flatten(loaded.params), flatten(P.abstract(model))
     spare = HEAD if getattr(model, "head", None) is not None else ("head", *HEAD)
-    fresh = sorted(path for path in here.keys() - there.keys() if path.split("/")[0] in HEAD)
-    unused = {path for path in there.keys() - here.keys() if path.split("/")[0] in spare}
-    kept = {path: leaf for path, leaf in there.items() if path not in unused}
+    foreign = [path for path in there if path not in here and part_of(path) in spare]
+    if task_of(loaded.model) != task_of(model):
+        foreign += [path for path in there if path in here and part_of(path) == "classifier"]
+    kept = {path: leaf for path, leaf in there.items() if path not in foreign}
+    fresh = [path for path in here if path not in kept and part_of(path) in HEAD]
     rest = {path: leaf for path, leaf in here.items() if path not in fresh}
     if wrong := shape_differences(unflatten(kept), unflatten(rest)):
         raise ValueError(f"{source} is no start for this model: {wrong}")
-    if fresh or unused:
-        names = {"fresh": fresh, "left out": sorted(unused)}
+    if fresh or foreign:
+        names = {"fresh": fresh, "left out": foreign}
         found = [f"{what}: {', '.join(paths)}" for what, paths in names.items() if paths]
         echo(f"starts from {source}; {'; '.join(found)}")
     if fresh:
@@ -186,6 +190,11 @@ def initial_params(
         kept |= dict(zip(fresh, draw()))
     # The state is laid out on a mesh, from wherever they come.
     return jax.device_get(unflatten(kept))
+
+
+def part_of(path: str) -> str:
+    """Returns which part of a model a leaf belongs to: 'stack', 'classifier'."""
+    return path.partition("/")[0]
 
 
 def download(name: str) -> Path:

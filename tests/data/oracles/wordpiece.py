@@ -28,6 +28,8 @@ ids = [tokenizer(line, add_special_tokens=False).input_ids for line in json.load
 json.dump({"transformers": transformers.__version__, "python": sys.version.split()[0], "ids": ids},
           sys.stdout)
 """
+
+
 def lines() -> list[str]:
     """Returns headlines; every tenth has something odd, or is that alone.
 
