@@ -16,7 +16,6 @@ from lm.interop import hf
 from lm.interop.loaded import Loaded
 from lm.models.adapters import LoRA
 from lm.models.families.gpt2 import gpt2
-from lm.models.tasks import for_task
 from lm.train.experiment import load_experiment
 from lm.train.state import fresh_params
 
