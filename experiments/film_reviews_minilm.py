@@ -26,9 +26,9 @@ def experiment() -> Experiment:
     return Experiment(
         name="film_reviews_minilm",
         model=for_task(body, "sequence", 2, pooler=MeanPool(), dropout=0.1),
-        data=LabelledData("film_reviews", "runs/minilm/tokenizer.json", length=48),
+        data=LabelledData("film_reviews", "runs/minilm/tokenizer.json", length=40),
         objective=Conditional(),
-        optimizer=AdamW(Cosine(2e-3, warmup=30), weight_decay=0.01),
-        train=TrainConfig(steps=300, batch_size=32, eval_every=100, log_every=20, keep=1),
+        optimizer=AdamW(Cosine(2e-3, warmup=20), weight_decay=0.01),
+        train=TrainConfig(steps=160, batch_size=32, eval_every=80, log_every=20, keep=1),
         adapter=LoRA(rank=8, alpha=16),
     )
