@@ -14,7 +14,7 @@ from lm.core.paths import flatten
 from lm.data.tokenizer import SubwordTokenizer
 from lm.interop import hf
 from lm.interop.loaded import Loaded
-from lm.layers.head import Head, TiedHead
+from lm.layers.head import TiedHead
 from lm.layers.pool import MeanPool
 from lm.models.encdec import EncoderDecoder
 from lm.models.tasks import for_task
@@ -173,10 +173,14 @@ def test_no_other_leaf_may_be_fresh_or_left_out(tmp_path):
     for model, message in [
         (for_task(body.clone(stack=body.stack.clone(repeats=2)), "sequence"), "stack/.* there and"),
         (body.clone(head=TiedHead(), classifier=None), "head/bias is .* there and absent here"),
-        (body.clone(head=Head(61)), "head/kernel is absent there"),
     ]:
         with pytest.raises(ValueError, match=message):
             initial_params(path, model)
+    bare = body.clone(head=None, classifier=None)
+    kept = {name: leaf for name, leaf in params.items() if name not in ("head", "classifier")}
+    path = hf.save_directory(Loaded(bare, kept), tmp_path / "bare")
+    with pytest.raises(ValueError, match="head/bias is absent there"):
+        initial_params(path, body)
 
 
 def test_a_pretrained_body_gets_a_fresh_head(tmp_path, capsys):
