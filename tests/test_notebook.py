@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-import time
+import resource
 
 import nbformat
 import pytest
@@ -37,13 +37,16 @@ def test_quickstart(tmp_path, monkeypatch, offline):
     """In three minutes it trains, samples and adapts, and the last cell prints lower losses."""
     # It compiles much and computes little.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    begin = time.monotonic()
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
     outputs = execute("quickstart.ipynb", tmp_path)
-    assert time.monotonic() - begin < 180
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: other tests run beside this one.
+    spent = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
+    assert 5 < spent < 180
     assert any("image/png" in output.get("data", {}) for output in outputs), "the plot is shown"
     numbers = re.fullmatch(
         r"headlines: loss ([\d.]+) at step \d+, ([\d.]+) at step 60\n"
-        r"LoRA on the manual: loss ([\d.]+) at step \d+, ([\d.]+) at step 40\n",
+        r"LoRA on the manual: loss ([\d.]+) at step \d+, ([\d.]+) at step 30\n",
         outputs[-1].text,
     )
     assert numbers is not None, outputs[-1]
