@@ -46,12 +46,12 @@ def test_quickstart(tmp_path, monkeypatch, offline):
     assert any("image/png" in output.get("data", {}) for output in outputs), "the plot is shown"
     numbers = re.fullmatch(
         r"headlines: loss ([\d.]+) at step \d+, ([\d.]+) at step 60\n"
-        r"LoRA on the manual: loss ([\d.]+) at step \d+, ([\d.]+) at step 30\n",
+        r"LoRA on the weather: loss ([\d.]+) at step \d+, ([\d.]+) at step 30\n",
         outputs[-1].text,
     )
     assert numbers is not None, outputs[-1]
     first, last, before, after = map(float, numbers.groups())
-    assert last < first - 0.3 and after < before - 0.05
+    assert last < first - 0.3 and after < before - 0.3
     assert (tmp_path / "runs/quickstart/checkpoints/60").is_dir()
 
 
