@@ -2,8 +2,16 @@
 
     lm train experiments/film_reviews.py
 
-Not measured yet. At the end it prints accuracy and macro-F1 on the test split beside the commonest
-label and beside logistic regression on tf-idf, which needs `pip install -e '.[eval]'`.
+On the 530 texts of the test split (2026-11-21, the best of six checkpoints by validation loss, that of
+step 450, after which the loss rose and the run stopped itself at step 900; one seed):
+
+    this model               accuracy 0.753   macro-F1 0.753
+    tf-idf + logistic                 0.809            0.809
+    commonest label                   0.540            0.350
+
+Three minutes on two CPU cores that other programs shared; 52 s of processor time. A model from
+scratch overfits ten thousand sentences before it is better than their words. The baselines need
+`pip install -e '.[eval]'`.
 """
 
 from lm.data.labelled import LabelledData
