@@ -2,16 +2,16 @@
 
     lm train experiments/bbc_topics.py
 
-On the 108 texts of the test split (2026-11-21, the best of four checkpoints by validation loss, that
-of step 300; one seed):
+On the 108 texts of the test split (2026-11-21; one seed; the checkpoint of the smallest validation
+loss, step 300 of 400):
 
     this model               accuracy 0.880   macro-F1 0.860
     tf-idf + logistic                 0.991            0.989
     commonest label                   0.204            0.068
 
 Four minutes on two CPU cores that other programs shared; 96 s of processor time. Words alone tell
-these topics apart, and the baseline reads whole articles: two thousand of them do not teach a model from
-scratch as much. The baselines need `pip install -e '.[eval]'`.
+these topics apart, and the baseline reads whole articles, the model 128 tokens. The baselines need
+`pip install -e '.[eval]'`.
 """
 
 from lm.data.labelled import LabelledData

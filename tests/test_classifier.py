@@ -1,6 +1,8 @@
 """A classifier from a pretrained body with an adapter, through the commands."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 
@@ -69,9 +71,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(folder):
+def printed(folder):
+    """What the command that made the run printed."""
     words = ["--run-dir", str(folder / "run"), "--init-from", str(folder / "body")]
-    assert main(["train", str(folder / "toy.py"), *words]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(["train", str(folder / "toy.py"), *words]) == 0
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(folder, printed):
     return folder / "run"
 
 
@@ -104,10 +113,8 @@ def test_without_an_adapter_everything_trains(folder):
     assert "classifier/kernel" in trained and "embed/table" not in trained
 
 
-def test_evaluate_prints_accuracy_and_macro_f1(folder, run, capsys):
-    assert main(["train", str(folder / "toy.py"), "--run-dir", str(run), "--init-from",
-                 str(folder / "body")]) == 0  # fmt: skip
-    assert f"next: lm evaluate {run} --split test" in capsys.readouterr().out
+def test_evaluate_prints_accuracy_and_macro_f1(printed, run, capsys):
+    assert f"next: lm evaluate {run} --split test" in printed
     assert main(["evaluate", str(run), "--split", "test"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["split"] == "test" and found["majority"]["accuracy"] < 0.9
