@@ -2,8 +2,16 @@
 
     lm train experiments/bbc_topics.py
 
-Not measured yet. At the end it prints accuracy and macro-F1 on the test split beside the commonest
-label and beside logistic regression on tf-idf, which needs `pip install -e '.[eval]'`.
+On the 108 texts of the test split (2026-11-21; one seed; the checkpoint of the smallest validation
+loss, step 300 of 400):
+
+    this model               accuracy 0.880   macro-F1 0.860
+    tf-idf + logistic                 0.991            0.989
+    commonest label                   0.204            0.068
+
+Four minutes on two CPU cores that other programs shared; 96 s of processor time. Words alone tell
+these topics apart, and the baseline reads whole articles, the model 128 tokens. The baselines need
+`pip install -e '.[eval]'`.
 """
 
 from lm.data.labelled import LabelledData

@@ -2,8 +2,16 @@
 
     lm train experiments/film_reviews.py
 
-Not measured yet. At the end it prints accuracy and macro-F1 on the test split beside the commonest
-label and beside logistic regression on tf-idf, which needs `pip install -e '.[eval]'`.
+On the 530 texts of the test split (2026-11-21; one seed; the checkpoint of the smallest validation
+loss, step 300, after which it rose, and the run stopped itself at step 900):
+
+    this model               accuracy 0.753   macro-F1 0.753
+    tf-idf + logistic                 0.809            0.809
+    commonest label                   0.540            0.350
+
+Two minutes on two CPU cores that other programs shared; 52 s of processor time. The model overfits
+ten thousand sentences before it is better than a count of their words; film_reviews_minilm.py has a
+pretrained one. The baselines need `pip install -e '.[eval]'`.
 """
 
 from lm.data.labelled import LabelledData

@@ -21,6 +21,7 @@ _HOME = {
     "stream": "lm.infer.generate",
     "score": "lm.infer.score",
     "embed": "lm.infer.score",
+    "classify": "lm.infer.classify",
     "evaluate": "lm.eval.perplexity",
     "load_experiment": "lm.train.experiment",
     "prepare": "lm.core.runtime",

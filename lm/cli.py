@@ -10,6 +10,7 @@ USAGE = """usage: lm COMMAND ...
   train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
   generate MODEL        continue prompts
   chat MODEL            continue what you type
+  classify MODEL        label texts
   evaluate MODEL        loss, perplexity, bits per character, top-1 reconstruction
   import SOURCE RUN     write a pretrained model as a run directory
   export MODEL DIR      write a model as a Hugging Face directory
@@ -23,6 +24,7 @@ MODEL is a run directory, a Hugging Face directory, a .gguf file, package:NAME, 
 COMMANDS = {
     ("generate",): "use.generate",
     ("chat",): "use.chat",
+    ("classify",): "use.classify",
     ("evaluate",): "use.evaluate",
     ("import",): "models.import_model",
     ("export",): "models.export_model",

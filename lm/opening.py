@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.core.config import from_json, to_json
 from lm.core.mesh import param_sharding, replicated
-from lm.core.paths import flatten, map_with_path, shape_differences
+from lm.core.paths import flatten, map_with_path, shape_differences, unflatten
 from lm.core.paths import merge as join
 from lm.data.tokenizer import load_tokenizer
 from lm.interop import gguf, hf, named, peft
@@ -22,13 +22,16 @@ from lm.interop.loaded import Loaded
 from lm.interop.peft_config import base_of, check_base
 from lm.models import adapters
 from lm.models import params as P
+from lm.models.tasks import task_of
 from lm.train.checkpoint import Checkpoints, load_params
 from lm.train.run_dir import claim_run_dir, git_commit, installed_versions, read_config
-from lm.train.state import TrainState
+from lm.train.state import TrainState, fresh_params
 from lm.train.trainable import trained_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Source = str | Path
+# What a task puts on a body that was pretrained without it.
+HEAD = ("pooler", "classifier")
 
 
 def load(
@@ -165,13 +168,14 @@ def load_run(path: Path, step: int | None, checkpoint_dir: Source | None) -> Loa
     """Opens a run directory of `lm train`."""
     config = path / "config.json"
     try:
-        experiment = json.loads(config.read_text())["experiment"]
+        content = json.loads(config.read_text())
+        experiment, labels = content["experiment"], tuple(content.get("labels", ()))
         model, lora = from_json(experiment["model"]), from_json(experiment.get("adapter"))
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{config} is not the config of a run: {error}") from error
     shapes = P.abstract(model) if lora is None else adapters.abstract(model, lora)
     params, _ = load_params(checkpoint_dir or path / "checkpoints", shapes, step)
-    return Loaded(model, params, load_tokenizer(path))
+    return Loaded(model, params, load_tokenizer(path), labels=labels)
 
 
 def import_model(source: Source, run: Source) -> Path:
@@ -196,6 +200,7 @@ def import_model(source: Source, run: Source) -> Path:
         "experiment": {"model": to_json(loaded.model)},
         "data": "",
         "init_from": str(source),
+        "labels": list(loaded.labels),
         "versions": installed_versions(),
         "commit": git_commit(),
     }
@@ -248,16 +253,50 @@ def save_adapter(loaded: Loaded, directory: Path) -> Path:
 FORMATS: dict[str, Callable[[Loaded, Path], Path]] = {"hf": save_merged, "peft": save_adapter}
 
 
-def initial_params(source: Source, model: Any) -> Any:
-    """Returns the parameters of a source, on the host, for a model that has the same.
+def initial_params(
+    source: Source, model: Any, seed: int = 0, echo: Callable[[str], None] = print
+) -> Any:
+    """Returns the parameters of a source, on the host, for a model with the same body.
+
+    Leaves of the pooler and the classifier that the source lacks are fresh, as a run of this seed
+    would draw them. Those that only the source has are left out, and so are its classifier where it
+    is for another task and its head where the model has none. One line names both.
+
+    Args:
+      source: anything that `load` opens; an adapter is merged into the kernels that it adapts.
+      model: what is to start from it.
+      seed: of fresh leaves.
+      echo: prints that line.
 
     Raises:
       ValueError: naming the leaves that differ in shape, or that only one of the two has.
     """
-    params = load_merged(source).params
-    if wrong := shape_differences(params, P.abstract(model)):
+    loaded = load_merged(source)
+    there, here = flatten(loaded.params), flatten(P.abstract(model))
+    spare = HEAD if getattr(model, "head", None) is not None else ("head", *HEAD)
+    foreign = [path for path in there if path not in here and part_of(path) in spare]
+    if task_of(loaded.model) != task_of(model):
+        foreign += [path for path in there if path in here and part_of(path) == "classifier"]
+    kept = {path: leaf for path, leaf in there.items() if path not in foreign}
+    fresh = [path for path in here if path not in kept and part_of(path) in HEAD]
+    rest = {path: leaf for path, leaf in here.items() if path not in fresh}
+    if wrong := shape_differences(unflatten(kept), unflatten(rest)):
         raise ValueError(f"{source} is no start for this model: {wrong}")
-    return jax.device_get(params)  # The state is laid out on a mesh, from wherever they come.
+    if fresh or foreign:
+        names = {"fresh": fresh, "left out": foreign}
+        found = [f"{what}: {', '.join(paths)}" for what, paths in names.items() if paths]
+        echo(f"starts from {source}; {'; '.join(found)}")
+    if fresh:
+        # Compiled alone, it draws these leaves and no others.
+        draw = jax.jit(lambda: [flatten(fresh_params(model, seed))[path] for path in fresh])
+        kept |= dict(zip(fresh, draw()))
+    # The state is laid out on a mesh, from wherever they come.
+    return jax.device_get(unflatten(kept))
+
+
+def part_of(path: str) -> str:
+    """Returns which part of a model a leaf belongs to: 'stack', 'classifier'."""
+    return path.partition("/")[0]
 
 
 def download(name: str) -> Path:

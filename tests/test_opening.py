@@ -14,9 +14,13 @@ from lm.core.paths import flatten
 from lm.data.tokenizer import SubwordTokenizer
 from lm.interop import hf
 from lm.interop.loaded import Loaded
+from lm.layers.head import TiedHead
+from lm.layers.pool import MeanPool
 from lm.models.encdec import EncoderDecoder
+from lm.models.tasks import for_task
 from lm.opening import import_model, initial_params
 from lm.train.experiment import load_experiment
+from lm.train.state import fresh_params
 from tests.conformance.harness import cells, tiny
 from tests.interop import tiny_gguf
 from tests.parity.hf import ids, right_padded
@@ -161,3 +165,47 @@ def test_a_wrong_start_is_named(folder, capsys):
     assert not (folder / "never").exists()
     with pytest.raises(ValueError, match="no start"):
         initial_params(folder / "old", tiny("teeny_gpt")[0])
+
+
+def test_no_other_leaf_may_be_fresh_or_left_out(tmp_path):
+    body, params = tiny("bert")
+    path = hf.save_directory(Loaded(body, params), tmp_path / "bert")
+    for model, message in [
+        (for_task(body.clone(stack=body.stack.clone(repeats=2)), "sequence"), "stack/.* there and"),
+        (body.clone(head=TiedHead(), classifier=None), "head/bias is .* there and absent here"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            initial_params(path, model)
+    bare = body.clone(head=None, classifier=None)
+    kept = {name: leaf for name, leaf in params.items() if name not in ("head", "classifier")}
+    path = hf.save_directory(Loaded(bare, kept), tmp_path / "bare")
+    with pytest.raises(ValueError, match="head/bias is absent there"):
+        initial_params(path, body)
+
+
+def test_a_pretrained_body_gets_a_fresh_head(tmp_path, capsys):
+    """The body is the source's and the classifier that of the seed; its own heads stay behind."""
+    body, params = tiny("bert")
+    path = hf.save_directory(Loaded(body, params), tmp_path / "bert")
+    model = for_task(body, "sequence", 5, pooler=MeanPool())
+    found, fresh = flatten(initial_params(path, model, 3)), flatten(fresh_params(model, 3))
+    new = {"classifier/kernel", "classifier/bias"}
+    assert found.keys() == fresh.keys() > new
+    for name, leaf in found.items():
+        assert (leaf == (fresh if name in new else flatten(params))[name]).all(), name
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"starts from {path}; fresh: classifier/bias, classifier/kernel; left out"
+    )
+    assert "head/dense/kernel" in line and "pooler/dense/kernel" in line
+
+    # A classifier of the same task goes on, with as many labels as it has.
+    head = for_task(body, "sequence", 4)
+    path = hf.save_directory(Loaded(head, fresh_params(head, 0)), tmp_path / "next")
+    again = flatten(initial_params(path, head))
+    assert (again["classifier/kernel"] == flatten(lm.load(path).params)["classifier/kernel"]).all()
+    assert not capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"classifier/kernel is \(32, 4\) there and \(32, 5\) here"
+    ):
+        initial_params(path, for_task(body, "sequence", 5))

@@ -39,17 +39,20 @@ def train(
         experiment,
         directory,
         checkpoint_dir=checkpoint_dir or None,
-        params=partial(initial_params, init_from, experiment.model) if init_from else None,
+        params=partial(initial_params, init_from, experiment.model, experiment.train.seed)
+        if init_from
+        else None,
         init_from=init_from,
     )
     if result.stopped in ("finished", "early stopping"):
         report(experiment, result, checkpoint_dir)
     again = f"lm train {path}"
-    then = (
-        f"lm generate {directory} --prompt '...'"
-        if result.stopped in ("finished", "early stopping")
-        else f"{again} goes on from step {result.step}"
-    )
+    if result.stopped not in ("finished", "early stopping"):
+        then = f"{again} goes on from step {result.step}"
+    elif isinstance(experiment.data, LabelledData):
+        then = f"lm evaluate {directory} --split test"
+    else:
+        then = f"lm generate {directory} --prompt '...'"
     print(f"everything is in {directory}; next: {then}")
     return result
 

@@ -1,4 +1,4 @@
-"""`lm generate`, `lm chat`, `lm evaluate`: what a trained model is for."""
+"""`lm generate`, `lm chat`, `lm classify`, `lm evaluate`: what a trained model is for."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from tyro.conf import Positional
 
 from lm.core.config import from_json
 from lm.data.corpus import TextData
+from lm.data.labelled import LabelledData
+from lm.eval.classification import classification_report
 from lm.eval.perplexity import evaluate as measure
+from lm.infer.classify import classify as label_texts
 from lm.infer.generate import generate as continue_texts
 from lm.infer.generate import stream
 from lm.opening import load
@@ -102,14 +105,34 @@ def chat(
         seed += 1
 
 
+def classify(model: Positional[str], text: Sequence[str]) -> list[str]:
+    """Prints each text's label with its probability.
+
+    Args:
+      model: a classifier: a run directory, a Hugging Face directory or a hub id.
+      text: texts to classify.
+    """
+    loaded = load(model)
+    length = None
+    if (Path(model) / "checkpoints").is_dir():
+        # As many places as in training, so that a text is cut where it was cut there.
+        length = read_config(model)["experiment"].get("data", {}).get("length")
+    found = label_texts(loaded, text, length=length)
+    for (label, probabilities), words in zip(found, text):
+        print(f"{label}  {probabilities[label]:.3f}  {words}")
+    return [label for label, _ in found]
+
+
 def evaluate(
     model: Positional[str],
     split: str = "validation",
     data: str = "",
     batch_size: int = 32,
     adapter: str = "",
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measures a model on a split: loss, perplexity, bits, top-1 reconstruction.
+
+    Of a classifier's run it gives accuracy and macro-F1, beside baselines.
 
     Args:
       model: a run directory; or another model, with `data`.
@@ -126,7 +149,11 @@ def evaluate(
         config = from_json(read_config(model)["experiment"]["data"])
     else:
         raise ValueError(f"{model} was not trained here, so say what to read: --data text:PATH")
-    batches = config.make(loaded.tokenizer).evaluation(split, batch_size)
-    metrics = measure(loaded.model, loaded.params, batches, tokenizer=loaded.tokenizer)
+    read = config.make(loaded.tokenizer)
+    if isinstance(config, LabelledData):
+        metrics = classification_report(loaded.model, loaded.params, read, batch_size, split)
+    else:
+        batches = read.evaluation(split, batch_size)
+        metrics = measure(loaded.model, loaded.params, batches, tokenizer=loaded.tokenizer)
     print(json.dumps({"model": model, "split": split, **metrics}, indent=1))
     return metrics

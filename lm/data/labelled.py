@@ -6,7 +6,7 @@ import io
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lm.data.inspect import train_tokenizer
 from lm.data.packages import Package, read, read_all_named
 from lm.data.pipeline import Loader, make_loader
 from lm.data.text import SPLITS, key, split_of
-from lm.data.tokenizer import CharTokenizer, SubwordTokenizer, Tokenizer
+from lm.data.tokenizer import CharTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
 
 VADER = Package(
     "vaderSentiment",
@@ -101,13 +101,27 @@ def labelled_texts(name: str) -> dict[str, Pairs]:
     return splits
 
 
+def between_ends(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
+    """Returns each text as [start] text [end], cut so that all of it has at most `length` places.
+
+    Raises:
+      ValueError: if the tokenizer has no end-of-text token, or two places leave no room for text.
+    """
+    if length < 3:
+        raise ValueError(f"a row of a labelled text has 3 places or more, not {length}")
+    start, end = start_id(tokenizer), tokenizer.eos_id
+    assert end is not None, "start_id has looked"
+    return [[start, *ids[: length - 2], end] for ids in tokenizer.encode_batch(list(texts))]
+
+
 @dataclass(frozen=True)
 class LabelledData:
     """Texts with a label each, one to a row.
 
     Attributes:
       source: a name in `SETS`.
-      tokenizer: 'bpe:SIZE' or 'wordpiece:SIZE', trained on the training split.
+      tokenizer: 'bpe:SIZE' or 'wordpiece:SIZE', trained on the training split; or the path of a
+        tokenizer.json or its directory.
       length: T, places of a row; longer texts are cut.
     """
 
@@ -124,10 +138,15 @@ class LabelledData:
         return Labelled(self, tokenizer or self.make_tokenizer())
 
     def make_tokenizer(self) -> CharTokenizer | SubwordTokenizer:
-        """Returns the tokenizer that the config names, trained on the training split."""
+        """Returns the tokenizer that the config names, trained on the training split if need be."""
         kind, _, size = self.tokenizer.partition(":")
+        if Path(self.tokenizer).exists():
+            return load_tokenizer(self.tokenizer)
         if kind not in ("bpe", "wordpiece") or not size.isdigit():
-            raise ValueError(f"tokenizer is 'bpe:SIZE' or 'wordpiece:SIZE', not {self.tokenizer!r}")
+            raise ValueError(
+                "tokenizer is 'bpe:SIZE', 'wordpiece:SIZE' or the path of a tokenizer.json, not "
+                f"{self.tokenizer!r}"
+            )
         texts = [text for text, _ in labelled_texts(self.source)["train"]]
         return train_tokenizer(kind, texts, int(size))
 
@@ -153,7 +172,13 @@ class Labelled:
         self.examples: Callable[[str], list[Example]] = functools.cache(self._examples)
 
     def texts_and_labels(self, split: str) -> tuple[list[str], np.ndarray]:
-        """Returns the texts of a split and their (N,) label numbers, in order."""
+        """Returns the texts of a split and their (N,) label numbers, in order.
+
+        Raises:
+          ValueError: for an unknown split.
+        """
+        if split not in self.splits:
+            raise ValueError(f"{self.config.source} has the splits {SPLITS}, and not {split!r}")
         pairs = self.splits[split]
         return [text for text, _ in pairs], np.array([self.labels.index(y) for _, y in pairs])
 
@@ -171,12 +196,16 @@ class Labelled:
 
     def _examples(self, split: str) -> list[Example]:
         texts, labels = self.texts_and_labels(split)
-        start, end = start_id(self.tokenizer), self.tokenizer.eos_id
-        rows = [
-            np.array([start, *ids, end], np.int32) for ids in self.tokenizer.encode_batch(texts)
-        ]
+        rows = between_ends(self.tokenizer, texts, self.config.length)
         check_ids(np.concatenate(rows), self.tokenizer.vocab_size)
-        return [Example(row, label=int(label)) for row, label in zip(rows, labels)]
+        examples = []
+        for row, label in zip(rows, labels):
+            # The end is read too, and no token is predicted from it; nor is the end of a cut text.
+            weights = np.ones(len(row) + 1, np.float32)
+            weights[-2 if len(row) == self.config.length else -1 :] = 0
+            tokens = np.array([*row, row[-1]], np.int32)
+            examples.append(Example(tokens, weights, label=int(label)))
+        return examples
 
     def _load(self, split: str, batch_size: int, **options) -> Loader:
         return make_loader(

@@ -17,6 +17,7 @@ from lm.interop.loaded import Loaded
 from lm.models import adapters
 from lm.models import params as P
 from lm.models.foreign import read_weights, write_weights
+from lm.models.tasks import task_of
 from lm.models.zoo import family_of, family_of_config
 
 SHARD_BYTES = 5 * 10**9
@@ -43,7 +44,10 @@ def load_directory(path: str | Path) -> Loaded:
         family.weights(model), Tensors(path), P.abstract(model), ignore=family.ignore
     )
     tokenizer = load_directory_tokenizer(path)
-    return Loaded(model, jax.tree.map(np.asarray, params), tokenizer, name=str(path))
+    names = sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))
+    labels = tuple(name for _, name in names) if task_of(model) in ("sequence", "token") else ()
+    params = jax.tree.map(np.asarray, params)
+    return Loaded(model, params, tokenizer, name=str(path), labels=labels)
 
 
 def save_directory(loaded: Loaded, path: str | Path) -> Path:
@@ -64,6 +68,9 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
             "(lm.models.adapters.merge), or write it with lm.interop.peft.save_adapter"
         )
     config = family.write_config(loaded.model)
+    if len(loaded.labels) == len(config.get("id2label", ())) > 0:
+        config["id2label"] = {str(index): name for index, name in enumerate(loaded.labels)}
+        config["label2id"] = {name: index for index, name in enumerate(loaded.labels)}
     tensors = write_weights(family.weights(loaded.model), loaded.params)
     with whole_directory(path) as scratch:
         if loaded.tokenizer is not None:

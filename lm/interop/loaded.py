@@ -26,6 +26,7 @@ class Loaded:
       tokenizer: encodes and decodes text, or None where the source carries none.
       dtype: name of the dtype that it computes in.
       name: where it came from.
+      labels: names of a classifier's labels, in the order of its logits; () where nobody said.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Loaded:
     tokenizer: Any = None
     dtype: str = "float32"
     name: str = ""
+    labels: tuple[str, ...] = ()
 
     def logits(
         self,

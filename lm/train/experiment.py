@@ -12,12 +12,14 @@ import flax.linen as nn
 
 from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
+from lm.models import params as P
 from lm.models.adapters import LoRA
+from lm.models.tasks import task_of
 from lm.ops.attention import BACKENDS
 from lm.train.objectives import Generative, Objective
 from lm.train.optimizer import Optimizer
 from lm.train.state import Recipe
-from lm.train.trainable import ADAPTER, FULL, Table
+from lm.train.trainable import FULL, Table, beside_adapter
 
 GENERATIVE = Generative()
 ALL_DATA = MeshShape()
@@ -120,7 +122,8 @@ class Experiment:
       optimizer: with the learning rate.
       train: how long and how often.
       objective: what is minimised.
-      trainable: the table of what trains; None is everything, or the adapter alone if there is one.
+      trainable: the table of what trains; None is everything, or if there is an adapter that alone
+        and the head of a task.
       adapter: low-rank leaves beside the model's kernels, or None.
       mesh: how the devices are laid out.
       wandb: project to log to on Weights & Biases, '' for none.
@@ -137,13 +140,21 @@ class Experiment:
     mesh: MeshShape = ALL_DATA
     wandb: str = ""
 
+    @property
+    def table(self) -> Table:
+        """The table of what trains, where `trainable` does not say it, too."""
+        if self.trainable or self.adapter is None:
+            return self.trainable or FULL
+        parts = P.abstract(self.model) if task_of(self.model) else {}
+        return beside_adapter(*(f"{name}/*" for name in ("pooler", "classifier") if name in parts))
+
     def recipe(self) -> Recipe:
         """Returns what the train step needs of it, with schedules as long as the run."""
         recipe = Recipe(
             self.model,
             self.objective,
             self.optimizer,
-            self.trainable or (FULL if self.adapter is None else ADAPTER),
+            self.table,
             self.train.micro_batches,
             self.train.dtype,
             self.train.remat,

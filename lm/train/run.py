@@ -87,7 +87,9 @@ class Run:
             )
         self.data: Data = experiment.data.make()
         check_tokenizer(self.data.tokenizer, experiment.model.vocab_size)
-        self.saved_config = config_of(experiment, self.data.fingerprint, init_from)
+        self.saved_config = config_of(
+            experiment, self.data.fingerprint, init_from, getattr(self.data, "labels", ())
+        )
         check_run_dir(run_dir, self.saved_config)
 
         where = as_path(checkpoint_dir or run_dir / "checkpoints")

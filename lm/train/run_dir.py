@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ CONFIG = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 
 
-def config_of(experiment: Experiment, fingerprint: str, init_from: str = "") -> dict[str, Any]:
-    """Returns what is saved with a run: the experiment, its data, and what software made it."""
+def config_of(
+    experiment: Experiment, fingerprint: str, init_from: str = "", labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns what is saved with a run: the experiment, its data, and what software made it.
+
+    `labels` are the names of the data's labels, where they have some.
+    """
     return {
         "experiment": to_json(experiment),
         "data": fingerprint,
         "init_from": init_from,
+        "labels": list(labels),
         "versions": {"python": platform.python_version(), **installed_versions()},
         "commit": git_commit(),
     }

@@ -131,6 +131,12 @@ def new_state(recipe: Recipe, params: Params, rng: jax.Array) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng)
 
 
+def fresh_params(model: nn.Module, seed: int) -> Params:
+    """Returns the parameters that a run of this seed begins with."""
+    init_key, _ = jax.random.split(jax.random.PRNGKey(seed))
+    return P.init(model, init_key)
+
+
 def init_state(recipe: Recipe, seed: int, mesh: Mesh, params: Params | None = None) -> TrainState:
     """Returns the state before the first step, made where it will live.
 
@@ -143,8 +149,8 @@ def init_state(recipe: Recipe, seed: int, mesh: Mesh, params: Params | None = No
 
     def make(params: Params | None) -> TrainState:
         init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
-        fresh = P.init(recipe.model, init_key) if params is None else params
-        return new_state(recipe, recipe.prepare(fresh, jax.random.fold_in(init_key, 1)), run_key)
+        start = fresh_params(recipe.model, seed) if params is None else params
+        return new_state(recipe, recipe.prepare(start, jax.random.fold_in(init_key, 1)), run_key)
 
     shardings = state_shardings(recipe, mesh, jax.eval_shape(make, params))
     return jax.jit(make, out_shardings=shardings)(params)

@@ -35,8 +35,18 @@ class Group:
 Table = tuple[Group, ...]
 
 FULL: Table = (Group("*"),)
-# The leaves of an adapter (`lm.models.adapters`) alone; its scale is a constant.
-ADAPTER: Table = (Group("*/lora_[abm]"), Group("*", trains=False))
+
+
+def beside_adapter(*patterns: str) -> Table:
+    """Returns the table that trains an adapter (`lm.models.adapters`) and what fits the patterns.
+
+    The scale of an adapter is a constant.
+    """
+    rest = (Group("*/lora_scale", trains=False), *map(Group, patterns)) if patterns else ()
+    return (Group("*/lora_[abm]"), *rest, Group("*", trains=False))
+
+
+ADAPTER: Table = beside_adapter()
 
 
 def assign(table: Table, params: Mapping[str, Any]) -> dict[str, int]:

@@ -35,7 +35,10 @@ def test_unknown_set_says_what_there_is():
 
 
 def test_batches_carry_labels():
-    """A labelled text is [start] text, cut at the end of the row; its label comes along."""
+    """A labelled text is [start] text [end], its text cut to the row; its label comes along.
+
+    The end is read too, and no token is predicted from it, nor the end where the text was cut.
+    """
     data = LabelledData("film_reviews", "wordpiece:300", length=16).make()
     texts, labels = data.texts_and_labels("validation")
     batches = list(data.validation(64))
@@ -44,8 +47,14 @@ def test_batches_carry_labels():
     np.testing.assert_array_equal(found[rows], labels)
     assert rows.sum() == len(texts) and not rows[len(texts) :].any()
     first: Batch = batches[0]
-    ids = data.tokenizer.encode(texts[0])[:15]
-    np.testing.assert_array_equal(first.tokens[0, 1 : 1 + len(ids)], ids)
+    for number, text in enumerate(texts[:64]):
+        ids = data.tokenizer.encode(text)
+        row = [data.tokenizer.bos_id, *ids[:14], data.tokenizer.eos_id]
+        np.testing.assert_array_equal(first.tokens[number, : len(row)], row)
+        np.testing.assert_array_equal(first.segments[number], np.arange(16) < len(row))
+        predicted = np.arange(16) < len(row) - (1 if len(ids) < 14 else 2)
+        np.testing.assert_array_equal(first.weights[number], predicted)
+    assert {len(data.tokenizer.encode(text)) < 14 for text in texts[:64]} == {True, False}
     again = LabelledData("film_reviews", "wordpiece:300", length=16).make(data.tokenizer)
     assert again.fingerprint == data.fingerprint
     assert sorted(set(labels.tolist())) == [0, 1] and data.labels == ["negative", "positive"]
@@ -59,3 +68,10 @@ def test_labels_need_a_row_each():
 def test_other_tokenizers_are_named():
     with pytest.raises(ValueError, match="wordpiece:SIZE"):
         LabelledData("film_reviews", "chars").make()
+
+
+def test_the_tokenizer_of_a_run_is_taken_by_its_path(tmp_path):
+    tokenizer = LabelledData("film_reviews", "wordpiece:300").make_tokenizer()
+    tokenizer.save(tmp_path)
+    again = LabelledData("film_reviews", str(tmp_path / "tokenizer.json")).make_tokenizer()
+    assert again.encode("a good film") == tokenizer.encode("a good film")
