@@ -16,6 +16,8 @@ _HOME = {
     "load": "lm.opening",
     "import_model": "lm.opening",
     "export_model": "lm.opening",
+    "merge_model": "lm.opening",
+    "average_models": "lm.opening",
     "Loaded": "lm.interop.loaded",
     "generate": "lm.infer.generate",
     "stream": "lm.infer.generate",

@@ -1,7 +1,9 @@
 """Opening what was trained or downloaded, `lm.load(path)`, and writing it in the other form."""
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,22 @@ from lm.core.config import from_json, to_json
 from lm.core.mesh import param_sharding, replicated
 from lm.core.paths import flatten, map_with_path, shape_differences
 from lm.data.tokenizer import load_tokenizer
-from lm.interop import gguf, hf, named
+from lm.interop import gguf, hf, merge, named, stablehlo
 from lm.interop.directory import refuse_existing, whole_directory
 from lm.interop.loaded import Loaded
 from lm.models import adapters
 from lm.models import params as P
 from lm.train.checkpoint import Checkpoints, load_params
-from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
+from lm.train.run_dir import claim_run_dir, git_commit, installed_versions, read_config
 from lm.train.state import TrainState
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What `export_model` writes: functions of a `Loaded`, a new directory, and options of their own.
+FORMATS: dict[str, Callable[..., Path]] = {
+    "hf": hf.save_directory,
+    "merged": merge.save_directory,
+    "stablehlo": stablehlo.save_directory,
+}
 
 
 def load(
@@ -53,7 +61,7 @@ def load(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is 'float32' or 'bfloat16', not {dtype!r}")
     local = Path(path)
-    if checkpoint_dir or (local / "checkpoints").is_dir():
+    if checkpoint_dir or is_run(local):
         loaded = load_run(local, step, checkpoint_dir)
     elif str(path).startswith(named.PREFIX):
         loaded = named.load_named(str(path))
@@ -99,8 +107,6 @@ def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) ->
 def import_model(source: str | Path, run: str | Path) -> Path:
     """Writes a model as a run directory, whole or not at all, which all commands open.
 
-    An adapter is merged into the kernels that it adapts.
-
     Args:
       source: anything that `load` opens.
       run: the directory to write.
@@ -109,13 +115,98 @@ def import_model(source: str | Path, run: str | Path) -> Path:
       `run`.
 
     Raises:
-      ValueError: if `run` exists, or there is no model.
+      ValueError: if `run` exists, there is no model, or it holds an adapter, which is for
+        `merge_model`.
     """
     run = Path(run).expanduser()
     refuse_existing(run)
-    loaded = load_merged(source)
+    loaded = load(source)
+    if adapters.adapted(flatten(loaded.params)):
+        raise ValueError(f"{source} holds an adapter: `lm merge` writes a run with it merged")
+    return write_run(loaded, run, source)
+
+
+def merge_model(source: str | Path, run: str | Path) -> Path:
+    """Writes a model that holds an adapter as a run with the adapter merged into its kernels.
+
+    Args:
+      source: anything that `load` opens.
+      run: the directory to write, whole or not at all.
+
+    Returns:
+      `run`.
+
+    Raises:
+      ValueError: if `run` exists, there is no adapter, or merging it changes what the model
+        computes (`lm.interop.merge.merged`).
+    """
+    run = Path(run).expanduser()
+    refuse_existing(run)
+    return write_run(merge.merged(load(source)), run, source)
+
+
+def average_models(
+    sources: Sequence[str | Path],
+    run: str | Path,
+    *,
+    weights: Sequence[float] = (),
+    steps: Sequence[int] = (),
+) -> Path:
+    """Writes the weighted mean of checkpoints as a run (model soups, Wortsman et al., 2022).
+
+    The sum is fp64. Model, tokenizer and data are those of the first.
+
+    Args:
+      sources: what `load` opens, of the same shapes.
+      run: the directory to write, whole or not at all.
+      weights: one for each checkpoint, divided by their sum; () is the plain mean.
+      steps: checkpoints of one run, in place of its best.
+
+    Returns:
+      `run`.
+
+    Raises:
+      ValueError: if `run` exists, there are fewer than two checkpoints, or steps of several runs;
+        the weights are not as many, or negative, or all 0; shapes differ, naming the leaves; or
+        there are adapters, whose mean is not that of what they add.
+    """
+    run = Path(run).expanduser()
+    refuse_existing(run)
+    if steps and not (len(sources) == 1 and is_run(sources[0])):
+        raise ValueError(f"steps are of one run, and not of {', '.join(map(str, sources))}")
+    checkpoints = [(sources[0], step) for step in steps] or [(source, None) for source in sources]
+    if len(checkpoints) < 2:
+        raise ValueError("an average is of two checkpoints or more: name runs, or steps of one run")
+    if weights and len(weights) != len(checkpoints):
+        raise ValueError(f"there are {len(checkpoints)} checkpoints and {len(weights)} weights")
+    first = load(sources[0], step=checkpoints[0][1])
+
+    def trees() -> Iterator[Any]:
+        for number, (source, step) in enumerate(checkpoints):
+            params = load(source, step=step).params if number else first.params
+            if adapters.adapted(flatten(params)):
+                raise ValueError(f"{source} holds an adapter: merge it first (`lm merge`)")
+            if wrong := shape_differences(params, first.params):
+                raise ValueError(f"{source} has other shapes than {sources[0]}: {wrong}")
+            yield params
+
+    mean = P.average(trees(), weights or [1.0] * len(checkpoints))
+    return write_run(dataclasses.replace(first, params=mean), run, sources[0])
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a source is a run directory with its checkpoints."""
+    return (Path(source) / "checkpoints").is_dir()
+
+
+def write_run(loaded: Loaded, run: Path, source: str | Path) -> Path:
+    """Writes parameters as the only checkpoint of a new run; it has the data of a source run."""
+    experiment = {"model": to_json(loaded.model)}
+    if is_run(source):
+        there = read_config(source)["experiment"]
+        experiment |= {key: there[key] for key in ("data",) if key in there}
     config = {
-        "experiment": {"model": to_json(loaded.model)},
+        "experiment": experiment,
         "data": "",
         "init_from": str(source),
         "versions": installed_versions(),
@@ -129,20 +220,36 @@ def import_model(source: str | Path, run: str | Path) -> Path:
     return run
 
 
-def export_model(source: str | Path, directory: str | Path) -> Path:
-    """Writes a model as a Hugging Face directory, whole or not at all, an adapter merged into it.
+def export_model(
+    source: str | Path,
+    directory: str | Path,
+    format: str = "hf",
+    *,
+    dtype: str = "float32",
+    **options: Any,
+) -> Path:
+    """Writes a model for others to open, whole or not at all.
 
     Args:
       source: anything that `load` opens.
       directory: what to write.
+      format: 'hf', a Hugging Face directory; 'merged', the same with an adapter merged into the
+        kernels that it adapts; 'stablehlo', programs that jax runs without this package.
+      dtype: of the weights that are stored, 'float32' or 'bfloat16'.
+      options: more that the format's function takes (`lm.interop.stablehlo.save_directory`).
 
     Returns:
       `directory`.
 
     Raises:
-      ValueError: if `directory` exists, there is no model, or no Hugging Face class computes it.
+      ValueError: if `directory` exists, there is no model, the format cannot say it, or merging
+        changes what it computes.
     """
-    return hf.save_directory(load_merged(source), Path(directory).expanduser())
+    directory = Path(directory).expanduser()
+    refuse_existing(directory)
+    if format not in FORMATS:
+        raise ValueError(f"a format is one of {', '.join(FORMATS)}, not {format!r}")
+    return FORMATS[format](load(source, dtype=dtype), directory, **options)
 
 
 def initial_params(source: str | Path, model: Any) -> Any:
