@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from lm.cli import main
 from lm.core.config import to_json
@@ -21,11 +20,9 @@ from lm.opening import average_models, export_model, import_model, load, merge_m
 from lm.train.checkpoint import Checkpoints
 from lm.train.run_dir import claim_run_dir
 from lm.train.state import TrainState
-from tests.conformance.harness import FAMILIES, tiny
+from tests.conformance.harness import tiny
 from tests.models.test_adapters import LORAS, adapted
 from tests.parity.hf import ids
-
-EXPORTABLE = [name for name, family in FAMILIES.items() if family.classes]
 
 
 def write_run(folder, model, steps, lora=None, data=None):
@@ -48,24 +45,6 @@ def tuned(tmp_path_factory):
     data = TextData(f"text:{folder / 'text.txt'}", "teeny_gpt", length=32)
     params = adapted(model, params, LORAS["lora"])
     return write_run(folder / "run", model, {3: params}, LORAS["lora"], data)
-
-
-@pytest.mark.parametrize("name", EXPORTABLE)
-def test_bfloat16_goes_out_and_comes_back(name, tmp_path):
-    model, params = tiny(name)
-    first = hf.save_directory(Loaded(model, params), tmp_path / "first")
-    loaded = load(first, dtype="bfloat16")
-    out = export_model(first, tmp_path / "out", dtype="bfloat16")
-    config = json.loads((out / "config.json").read_text())
-    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
-    with safe_open(out / "model.safetensors", "flax") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    again = load(out, dtype="bfloat16")
-    assert again.model == model
-    for path, leaf in flatten(loaded.params).items():
-        other = flatten(again.params)[path]
-        assert leaf.dtype == other.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(leaf, other, err_msg=path)
 
 
 def test_an_adapter_leaves_merged_or_by_itself(tuned, tmp_path, capsys):

@@ -76,10 +76,22 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
     with whole_directory(path) as scratch:
         if loaded.tokenizer is not None:
             library_form(loaded.tokenizer).save(scratch)
+            file = scratch / "tokenizer_config.json"
+            write_json(file, read_json(file) | tokenizer_keys(config, loaded.model.max_length))
         write_json(scratch / "config.json", config | ids)
         write_json(scratch / "generation_config.json", ids | starts)
         save_tensors(write_weights(table, loaded.params, jnp.dtype(loaded.dtype)), scratch)
     return path
+
+
+def tokenizer_keys(config: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
+    """Returns what tokenizer_config.json says of the model: the longest text, and what it reads.
+
+    A tokenizer of no particular class gives token types too, which most models refuse.
+    """
+    types = ["token_type_ids"] if "type_vocab_size" in config else []
+    values = {"model_input_names": ["input_ids", *types, "attention_mask"]}
+    return values if max_length is None else {**values, "model_max_length": max_length}
 
 
 def token_ids(tokenizer: Any) -> dict[str, int]:

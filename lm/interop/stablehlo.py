@@ -30,7 +30,7 @@ USUAL_LENGTH = 1024
 README = """# {name}, as StableHLO
 
 `manifest.json` says what the two functions take and return; the batch may have any size, and the
-lengths are fixed. This generates greedily, with nothing but jax and safetensors installed:
+lengths are fixed. This generates greedily, with jax, flatbuffers and safetensors alone:
 
 ```python
 import json

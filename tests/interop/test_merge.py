@@ -23,7 +23,14 @@ torch = pytest.importorskip("torch")
 
 
 @pytest.mark.ledger("D09")
-@pytest.mark.parametrize("name, kind", [("gpt2", "lora"), ("llama", "dora"), ("mamba", "rslora")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("llama", "dora"),
+        pytest.param("gpt2", "rslora", marks=pytest.mark.slow),
+        pytest.param("mamba", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_merged_export_equals_base_and_adapter(name, kind, tmp_path):
     """Read again here, and by transformers."""
     model, params = tiny(name)
@@ -51,7 +58,14 @@ def test_drift_is_the_largest_difference():
     assert abs(difference - 0.01 * largest) <= 1e-5 * largest
 
 
-@pytest.mark.parametrize("name", ["t5", "bert", "sequence", "choice", "encoder", "two towers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        "encoder",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "sequence", "two towers")),
+    ],
+)
 def test_all_outputs_are_compared(name):
     """Each kernel that an adapter can change moves what is looked at."""
     size = dict(num_features=16, num_heads=2, num_layers=1, mlp_features=8)
@@ -62,7 +76,6 @@ def test_all_outputs_are_compared(name):
         "two towers": lambda: TwoTower(*2 * (bert(61, **size, heads=None),)),
         "t5": lambda: tiny("t5")[0],
         "sequence": lambda: tasks.for_task(llama(61, **size), "sequence", 3),
-        "choice": lambda: tasks.for_task(encoder, "choice"),
     }[name]()
     params = P.init(model, jax.random.key(0))
     flat = flatten(params)

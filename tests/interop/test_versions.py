@@ -4,11 +4,11 @@ Version 5 is that of the tests. `LM_TRANSFORMERS4` names the interpreter of an e
 torch and transformers 4.57; CONTRIBUTING.md says how to make one.
 """
 
+import functools
 import json
 import os
 import subprocess
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import pytest
 from lm.core.context import Context
 from lm.core.paths import map_with_path
 from lm.data.tokenizer import char_tokenizer, teeny_gpt_tokenizer, train_bpe, train_wordpiece
-from lm.infer.generate import generate_tokens
 from lm.interop.hf import save_directory
 from lm.interop.loaded import Loaded
 from lm.models import params as P
@@ -35,7 +34,7 @@ from tests.interop import reader  # noqa: E402
 from tests.interop.reader import NEW_TOKENS, read  # noqa: E402
 
 VERSION4 = os.environ.get("LM_TRANSFORMERS4", "")
-TEXTS = ["police arrest a man", "Café ﬁre & Straße 12!", ""]
+TEXTS = ["police arrest", "Café ﬁre & Straße 12!", ""]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 
 
@@ -69,10 +68,12 @@ CASES = {
     "bert, span": Case("bert", task="span"),
     "t5, token": Case("t5", task="token"),
 }
-QUICK = ("gpt2", "llama3", "bert", "t5 1.1")
+QUICK = ("gpt2", "t5 1.1")
 
 
-def build(case: Case) -> Loaded:
+@functools.cache
+def build(name: str) -> Loaded:
+    case = CASES[name]
     family, tokenizer = FAMILIES[case.family], case.tokenizer()
     arguments = {**family.tiny, **case.arguments, "vocab_size": tokenizer.vocab_size}
     model = family.build(**arguments)
@@ -88,9 +89,9 @@ def build(case: Case) -> Loaded:
     return Loaded(model, params, tokenizer, case.dtype)
 
 
-def write(case: Case, folder: Path) -> Loaded:
+def write(name: str, folder: Path) -> Loaded:
     """Writes a folder that `read` reads."""
-    loaded = build(case)
+    loaded, case = build(name), CASES[name]
     save_directory(loaded, folder / "model")
     mask = right_padded()
     arrays = {"input_ids": ids(loaded.model.vocab_size), "attention_mask": mask}
@@ -129,20 +130,33 @@ def check(case: Case, loaded: Loaded, folder: Path) -> None:
         messages = [{"role": "user", "content": "hi"}]
         assert said["chat"] == tokenizer.apply_chat_template(messages)
     if "generated" in said:
-        assert said["generated"] == generated(fp32, said["ids"][0])
+        check_greedy(fp32, said["ids"][0], said["generated"], arrays)
 
 
-def generated(loaded: Loaded, prompt: list[int]) -> list[int]:
-    """Returns what `generate` of transformers returns: the prompt too, or the start token."""
+def check_greedy(loaded: Loaded, prompt: list[int], generated: list[int], like) -> None:
+    """Each new token is the likeliest after those before it, up to the last or the end token.
+
+    Computed in the shapes of `like`, which are compiled already.
+    """
     whole = isinstance(loaded.model, EncoderDecoder)
-    options = dict(source=[prompt]) if whole else dict(prompts=[prompt])
-    options |= dict(max_new_tokens=NEW_TOKENS, temperature=0, stop_ids=[loaded.tokenizer.eos_id])
-    new = generate_tokens(loaded.model, loaded.params, **options).rows()[0]
-    return [*([loaded.model.start_id] if whole else prompt), *new]
+    start = [loaded.model.start_id] if whole else prompt
+    assert generated[: len(start)] == start
+    rows = {name: np.zeros_like(array) for name, array in like.items()}
+    read, written = prompt if whole else generated, generated[:-1]
+    rows["input_ids"][0, : len(read)] = read
+    if whole:
+        rows["decoder_input_ids"][0, : len(written)] = written
+    mask = np.ones_like(rows["attention_mask"])
+    mask[0, len(read) :] = 0
+    logits = loaded.logits(rows["input_ids"], mask=mask, targets=rows.get("decoder_input_ids"))
+    likeliest = np.asarray(logits)[0, len(start) - 1 : len(generated) - 1].argmax(-1).tolist()
+    assert likeliest == generated[len(start) :]
+    finished = generated[-1] == loaded.tokenizer.eos_id
+    assert finished or len(generated) == len(start) + NEW_TOKENS
 
 
 def classify(loaded: Loaded, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    run = jax.jit(partial(loaded.model.apply, method="classify"))
+    run = jax.jit(functools.partial(loaded.model.apply, method="classify"))
     return np.asarray(run({"params": loaded.params}, tokens, Context(segments_BT=mask)))
 
 
@@ -150,7 +164,7 @@ def classify(loaded: Loaded, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
 def test_version_5(name, tmp_path):
-    loaded = write(CASES[name], tmp_path)
+    loaded = write(name, tmp_path)
     read(tmp_path)
     check(CASES[name], loaded, tmp_path)
 
@@ -160,7 +174,7 @@ def test_version_4(tmp_path):
     folders = {name: tmp_path / str(number) for number, name in enumerate(CASES)}
     for folder in folders.values():
         folder.mkdir()
-    written = {name: write(CASES[name], folder) for name, folder in folders.items()}
+    written = {name: write(name, folder) for name, folder in folders.items()}
     command = [VERSION4, reader.__file__, *map(str, folders.values())]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""})
     for name, folder in folders.items():
