@@ -94,7 +94,9 @@ def write(name: str, folder: Path) -> Loaded:
     loaded, case = build(name), CASES[name]
     save_directory(loaded, folder / "model")
     mask = right_padded()
-    arrays = {"input_ids": ids(loaded.model.vocab_size), "attention_mask": mask}
+    # Decoders that classify look for the last token that is not this one.
+    tokens = np.where(mask, ids(loaded.model.vocab_size), loaded.tokenizer.pad_id)
+    arrays = {"input_ids": tokens, "attention_mask": mask}
     if isinstance(loaded.model, EncoderDecoder) and case.task is None:
         arrays["decoder_input_ids"] = ids(loaded.model.vocab_size, (2, 9), seed=1)
     np.savez(folder / "tokens.npz", **arrays)
