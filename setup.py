@@ -25,6 +25,7 @@ setup(
         "tokenizers>=0.23",
         "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not say so.
         "safetensors>=0.6",
+        "flatbuffers>=24",  # jax.export writes its programs with it.
         "huggingface_hub>=0.34",
         "gguf>=0.17",
         "jinja2>=3.1",  # Chat templates.

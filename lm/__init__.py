@@ -14,8 +14,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "lm.opening",
-    "import_model": "lm.opening",
-    "export_model": "lm.opening",
+    "import_model": "lm.leaving",
+    "export_model": "lm.leaving",
+    "merge_model": "lm.leaving",
+    "average_models": "lm.leaving",
     "Loaded": "lm.interop.loaded",
     "generate": "lm.infer.generate",
     "stream": "lm.infer.generate",

@@ -13,7 +13,10 @@ USAGE = """usage: lm COMMAND ...
   classify MODEL        label texts
   evaluate MODEL        loss, perplexity, bits per character, top-1 reconstruction
   import SOURCE RUN     write a pretrained model as a run directory
-  export MODEL DIR      write a model as a Hugging Face directory
+  export MODEL DIR      write a model as a Hugging Face directory, merged, or as StableHLO
+  merge MODEL RUN       write a run with its adapter merged into its kernels
+  average MODEL... --out RUN
+                        write the weighted mean of checkpoints
   list [FAMILY]         the families, their sizes and parameter counts; or draw one
   data inspect          rows of a data set as text, with masks and statistics
   tokenizer train       train a tokenizer on a text
@@ -28,6 +31,8 @@ COMMANDS = {
     ("evaluate",): "use.evaluate",
     ("import",): "models.import_model",
     ("export",): "models.export_model",
+    ("merge",): "models.merge_model",
+    ("average",): "models.average_models",
     ("list",): "models.list_models",
     ("data", "inspect"): "data.inspect_data",
     ("tokenizer", "train"): "data.train_tokenizer",

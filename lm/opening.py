@@ -1,31 +1,30 @@
-"""Opening what was trained or downloaded, `lm.load(path)`, and writing it in the other form."""
+"""Opening what was trained or downloaded: `lm.load(path)`."""
 
 import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lm.core.config import from_json, to_json
+from lm.core.config import from_json
 from lm.core.mesh import param_sharding, replicated
 from lm.core.paths import flatten, map_with_path, shape_differences, unflatten
 from lm.core.paths import merge as join
 from lm.data.tokenizer import load_tokenizer
-from lm.interop import gguf, hf, named, peft
-from lm.interop.directory import refuse_existing, whole_directory
+from lm.interop import gguf, hf, merge, named, peft
 from lm.interop.loaded import Loaded
 from lm.interop.peft_config import base_of, check_base
 from lm.models import adapters
 from lm.models import params as P
 from lm.models.tasks import task_of
-from lm.train.checkpoint import Checkpoints, load_params
-from lm.train.run_dir import claim_run_dir, git_commit, installed_versions, read_config
-from lm.train.state import TrainState, fresh_params
+from lm.train.checkpoint import load_params
+from lm.train.experiment import default_table
+from lm.train.run_dir import read_config
+from lm.train.state import fresh_params
 from lm.train.trainable import trained_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -143,25 +142,23 @@ def check_frozen(path: Path, params: Any) -> None:
     """
     if not adapters.adapted(flatten(params)):
         raise ValueError(f"the run {path} holds no adapter")
-    table = from_json(read_config(path)["experiment"].get("trainable"))
-    trained = () if table is None else trained_paths(table, params)
+    experiment = read_config(path)["experiment"]
+    table = from_json(experiment.get("trainable"))
+    table = table or default_table(
+        from_json(experiment["model"]), from_json(experiment.get("adapter"))
+    )
+    trained = trained_paths(table, params)
     if others := sorted(name for name in trained if not adapters.is_adapter(name)):
         raise ValueError(
             f"the run {path} trained {others[0]} beside its adapter, so that the adapter alone is "
-            "not what it learned: open the run itself, or export it with --format hf"
+            "not what it learned: open the run itself, or export it with --format merged"
         )
 
 
 def load_merged(source: Source) -> Loaded:
     """Opens a model as `load` does, with an adapter merged into the kernels that it adapts."""
-    return merged(load(source))
-
-
-def merged(loaded: Loaded) -> Loaded:
-    """Returns a model with an adapter, where there is one, merged into the kernels it adapts."""
-    if not adapters.adapted(flatten(loaded.params)):
-        return loaded
-    return dataclasses.replace(loaded, params=adapters.merge(loaded.params))
+    loaded = load(source)
+    return merge.merged(loaded) if adapters.adapted(flatten(loaded.params)) else loaded
 
 
 def load_run(path: Path, step: int | None, checkpoint_dir: Source | None) -> Loaded:
@@ -176,81 +173,6 @@ def load_run(path: Path, step: int | None, checkpoint_dir: Source | None) -> Loa
     shapes = P.abstract(model) if lora is None else adapters.abstract(model, lora)
     params, _ = load_params(checkpoint_dir or path / "checkpoints", shapes, step)
     return Loaded(model, params, load_tokenizer(path), labels=labels)
-
-
-def import_model(source: Source, run: Source) -> Path:
-    """Writes a model as a run directory, whole or not at all, which all commands open.
-
-    An adapter is merged into the kernels that it adapts.
-
-    Args:
-      source: anything that `load` opens.
-      run: the directory to write.
-
-    Returns:
-      `run`.
-
-    Raises:
-      ValueError: if `run` exists, or there is no model.
-    """
-    run = Path(run).expanduser()
-    refuse_existing(run)
-    loaded = load_merged(source)
-    config = {
-        "experiment": {"model": to_json(loaded.model)},
-        "data": "",
-        "init_from": str(source),
-        "labels": list(loaded.labels),
-        "versions": installed_versions(),
-        "commit": git_commit(),
-    }
-    step, key = jnp.zeros((), jnp.int32), jax.random.PRNGKey(0)
-    with whole_directory(run) as scratch:
-        claim_run_dir(scratch, config, loaded.tokenizer)
-        with closing(Checkpoints(scratch / "checkpoints")) as checkpoints:
-            checkpoints.save(TrainState(step, loaded.params, {}, key), 0, {"config": config})
-    return run
-
-
-def export_model(source: Source, directory: Source, format: str = "hf") -> Path:
-    """Writes a model in another form, whole or not at all.
-
-    Args:
-      source: anything that `load` opens.
-      directory: what to write.
-      format: 'hf' is a Hugging Face directory, an adapter merged into it; 'peft' is the adapter of
-        a run alone, as peft reads it.
-
-    Returns:
-      `directory`.
-
-    Raises:
-      ValueError: if `directory` exists, there is no model, no Hugging Face class computes it, or
-        it has not what the format holds.
-    """
-    directory = Path(directory).expanduser()
-    refuse_existing(directory)
-    if format not in FORMATS:
-        raise ValueError(f"a format is one of {', '.join(FORMATS)}, not {format!r}")
-    return FORMATS[format](load(source), directory)
-
-
-def save_merged(loaded: Loaded, directory: Path) -> Path:
-    """Writes a Hugging Face directory, an adapter merged into it."""
-    return hf.save_directory(merged(loaded), directory)
-
-
-def save_adapter(loaded: Loaded, directory: Path) -> Path:
-    """Writes the adapter of a run as a PEFT directory that names what the run started from."""
-    run = Path(loaded.name)
-    if not is_run(run):
-        raise ValueError(f"{run} is no run, and only a run that trained an adapter has one")
-    check_frozen(run, loaded.params)
-    return peft.save_adapter(loaded, directory, read_config(run).get("init_from", ""))
-
-
-# What `export_model` writes: functions of a `Loaded` and a new directory.
-FORMATS: dict[str, Callable[[Loaded, Path], Path]] = {"hf": save_merged, "peft": save_adapter}
 
 
 def initial_params(

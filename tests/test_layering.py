@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "lm").rglob("*.py"))
 ROOMS = ("core", "ops", "layers", "models", "data", "interop", "infer", "eval", "train")
 # The files beside the rooms stand above them all, in this order.
-TOP = ("opening", "commands", "cli", "__init__")
+TOP = ("opening", "leaving", "commands", "cli", "__init__")
 ORDER = (*ROOMS, *TOP)
 ORACLES = {"torch", "transformers", "peft"}
 MAX_LINES = 400

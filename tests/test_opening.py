@@ -16,9 +16,10 @@ from lm.interop import hf
 from lm.interop.loaded import Loaded
 from lm.layers.head import TiedHead
 from lm.layers.pool import MeanPool
+from lm.leaving import import_model
 from lm.models.encdec import EncoderDecoder
 from lm.models.tasks import for_task
-from lm.opening import import_model, initial_params
+from lm.opening import initial_params
 from lm.train.experiment import load_experiment
 from lm.train.state import fresh_params
 from tests.conformance.harness import cells, tiny
@@ -51,11 +52,22 @@ def test_every_family_goes_out_and_comes_back(name, tokenizer, tmp_path):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     out = tmp_path / "out"
     assert loaded.model == model
-    for file in ("config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+    files = ("config", "tokenizer", "tokenizer_config", "generation_config")
+    for file in (*(f"{name}.json" for name in files), "chat_template.jinja"):
         assert (out / file).read_text() == (path / file).read_text(), file
     ours, again = load_file(path / "model.safetensors"), load_file(out / "model.safetensors")
     assert ours.keys() == again.keys()
     assert all((ours[key] == again[key]).all() for key in ours)
+
+    half = lm.export_model(out, tmp_path / "half", dtype="bfloat16")
+    config = json.loads((half / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    left = flatten(lm.load(out, dtype="bfloat16").params)
+    right = flatten(lm.load(half, dtype="bfloat16").params)
+    for leaf, stored in zip(left.values(), right.values(), strict=True):
+        np.testing.assert_array_equal(leaf, stored)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, half)]
+    assert sizes[1] < 0.6 * sizes[0]
 
     kind = json.loads((out / "config.json").read_text())["architectures"][0]
     module, info = getattr(transformers, kind).from_pretrained(out, output_loading_info=True)

@@ -137,6 +137,7 @@ class CharTokenizer:
         (Path(path) / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
+_OTHERS = ("unk", "cls", "sep", "mask")
 _CHAR_FIELDS = ("symbols", "pad", "bos", "eos", "unk", "unknown", "folds")
 
 
@@ -166,6 +167,8 @@ class SubwordTokenizer:
       pad, bos, eos: special tokens, or None.
       starts: whether the model expects `bos` before every text that it reads.
       chat_template: in Jinja, how a conversation is written; or None.
+      others: further special tokens, as pairs of what they are ('unk', 'cls', 'sep', 'mask') and
+        how they are spelled, for other readers of the files.
     """
 
     library: tokenizers.Tokenizer
@@ -174,6 +177,7 @@ class SubwordTokenizer:
     eos: str | None = None
     starts: bool = True
     chat_template: str | None = None
+    others: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         self.library.encode_special_tokens = True
@@ -247,8 +251,10 @@ class SubwordTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        tokens = {"pad_token": self.pad, "bos_token": self.bos, "eos_token": self.eos}
-        config |= {name: token for name, token in tokens.items() if token}
+        known = self.library.token_to_id
+        tokens = {n: t for n, t in self.others if known(t) is not None}
+        tokens |= {"pad": self.pad, "bos": self.bos, "eos": self.eos}
+        config |= {f"{name}_token": token for name, token in tokens.items() if token}
         if not self.starts:
             config["add_bos_token"] = False
         if self.chat_template is not None:
@@ -308,7 +314,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     )
     library.train_from_iterator(texts, trainer)
     library.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return SubwordTokenizer(library, pad="[PAD]", bos="[CLS]", eos="[SEP]")
+    others = tuple((name, f"[{name.upper()}]") for name in _OTHERS)
+    return SubwordTokenizer(library, pad="[PAD]", bos="[CLS]", eos="[SEP]", others=others)
 
 
 def load_tokenizer(path: str | Path) -> CharTokenizer | SubwordTokenizer:
@@ -342,7 +349,7 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
     """Returns the fields of `SubwordTokenizer` that the files beside a tokenizer.json say."""
     config, template = path / "tokenizer_config.json", path / "chat_template.jinja"
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    fields: dict[str, Any] = dict(_special_tokens(content))
+    fields = _special_tokens(content)
     chat = content.get("chat_template")
     if isinstance(chat, list):  # Several by name, in older files.
         chat = {entry["name"]: entry["template"] for entry in chat}.get("default")
@@ -351,10 +358,12 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _special_tokens(content: dict[str, Any]) -> dict[str, str]:
-    tokens = {name: content.get(f"{name}_token") for name in ("pad", "bos", "eos")}
+def _special_tokens(content: dict[str, Any]) -> dict[str, Any]:
+    names = ("pad", "bos", "eos", *_OTHERS)
+    tokens = {name: content.get(f"{name}_token") for name in names}
+    texts = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t}
+    others = tuple((name, texts.pop(name)) for name in _OTHERS if name in texts)
     # BERT's tokenizers name the places of their special tokens otherwise.
-    tokens["bos"] = tokens["bos"] or content.get("cls_token")
-    tokens["eos"] = tokens["eos"] or content.get("sep_token")
-    texts = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
-    return {name: text for name, text in texts.items() if text}
+    fallback = {"bos": dict(others).get("cls"), "eos": dict(others).get("sep")}
+    found = {name: text for name, text in fallback.items() if text} | texts
+    return {**found, "others": others} if others else found

@@ -35,7 +35,9 @@ def load_directory_tokenizer(path: Path) -> Any:
         library, fields = byte_pairs(path / "vocab.json", path / "merges.txt", config)
     else:
         return None
-    fields |= read_tokenizer_config(path)
+    beside = read_tokenizer_config(path)
+    others = dict(fields.get("others", ())) | dict(beside.get("others", ()))
+    fields |= {**beside, "others": tuple(others.items())}
     named = [value for key, value in config.items() if key.endswith("_token")]
     named += [fields[name] for name in ("pad", "bos", "eos") if name in fields]
     texts = [token["content"] if isinstance(token, dict) else token for token in named]
@@ -71,8 +73,10 @@ def wordpiece(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer,
     library.decoder = decoders.WordPiece()
     usual = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     library.add_special_tokens([token for token in usual if token in vocabulary])
-    usual = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]"}
-    return library, {name: token for name, token in usual.items() if token in vocabulary}
+    fields = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]"}
+    fields = {name: token for name, token in fields.items() if token in vocabulary}
+    others = [(token[1:-1].lower(), token) for token in usual[1:] if token in vocabulary]
+    return library, {**fields, "others": tuple(others)}
 
 
 def byte_pairs(

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm.core.paths import flatten
+from lm.data.char_library import library_form
 from lm.data.vocab_files import load_directory_tokenizer
 from lm.interop.directory import read_json, refuse_existing, whole_directory, write_json
 from lm.interop.loaded import Loaded
@@ -21,6 +23,8 @@ from lm.models.tasks import task_of
 from lm.models.zoo import family_of, family_of_config
 
 SHARD_BYTES = 5 * 10**9
+# Version 4 of transformers reads the second, and 5 the first.
+DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def is_directory(path: Path) -> bool:
@@ -53,7 +57,8 @@ def load_directory(path: str | Path) -> Loaded:
 def save_directory(loaded: Loaded, path: str | Path) -> Path:
     """Writes a model as a Hugging Face directory that `from_pretrained` opens.
 
-    It appears whole or not at all. Over `SHARD_BYTES` the weights are split, with an index.
+    It appears whole or not at all. The weights are stored in `loaded.dtype`; over `SHARD_BYTES`
+    they are split, with an index.
 
     Raises:
       ValueError: if no Hugging Face class computes this model, its parameters hold an adapter, or
@@ -64,24 +69,42 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
     refuse_existing(path)
     if adapters.adapted(flatten(loaded.params)):
         raise ValueError(
-            "these parameters hold an adapter, for which this format has no place: merge it "
-            "(lm.models.adapters.merge), or write it with lm.interop.peft.save_adapter"
+            "these parameters hold an adapter, for which this format has no place: choose the "
+            "format 'merged' to merge it into its kernels, or 'peft' to write it alone"
         )
-    config = family.write_config(loaded.model)
+    config = family.write_config(loaded.model) | dict.fromkeys(DTYPE_KEYS, loaded.dtype)
     if len(loaded.labels) == len(config.get("id2label", ())) > 0:
         config["id2label"] = {str(index): name for index, name in enumerate(loaded.labels)}
         config["label2id"] = {name: index for index, name in enumerate(loaded.labels)}
-    tensors = write_weights(family.weights(loaded.model), loaded.params)
+    ids = {} if loaded.tokenizer is None else token_ids(loaded.tokenizer)
+    # Readers of generation_config.json look for the start of a decoder in no other file.
+    starts = {key: config[key] for key in ("decoder_start_token_id",) if key in config}
+    table = family.weights(loaded.model)
     with whole_directory(path) as scratch:
         if loaded.tokenizer is not None:
-            ids = {name: getattr(loaded.tokenizer, name) for name in ("bos_id", "eos_id", "pad_id")}
-            ids = {key.replace("_id", "_token_id"): v for key, v in ids.items() if v is not None}
-            config |= ids
-            write_json(scratch / "generation_config.json", ids)
-            loaded.tokenizer.save(scratch)
-        write_json(scratch / "config.json", config)
-        _save_tensors(tensors, scratch)
+            library_form(loaded.tokenizer).save(scratch)
+            file = scratch / "tokenizer_config.json"
+            write_json(file, read_json(file) | tokenizer_keys(config, loaded.model.max_length))
+        write_json(scratch / "config.json", config | ids)
+        write_json(scratch / "generation_config.json", ids | starts)
+        save_tensors(write_weights(table, loaded.params, jnp.dtype(loaded.dtype)), scratch)
     return path
+
+
+def tokenizer_keys(config: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
+    """Returns what tokenizer_config.json says of the model: the longest text, and what it reads.
+
+    A tokenizer of no particular class gives token types too, which most models refuse.
+    """
+    types = ["token_type_ids"] if "type_vocab_size" in config else []
+    values = {"model_input_names": ["input_ids", *types, "attention_mask"]}
+    return values if max_length is None else {**values, "model_max_length": max_length}
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """Returns the ids of a tokenizer's special tokens by the names of a config's keys."""
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    return {f"{name}_token_id": number for name, number in ids.items() if number is not None}
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -127,7 +150,8 @@ def modern(name: str) -> str:
 MODERN = {"gamma": "weight", "beta": "bias"}
 
 
-def _save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes tensors into a directory, in one file or, over `SHARD_BYTES`, several and an index."""
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, array in tensors.items():

@@ -1,4 +1,4 @@
-"""Encoder-decoders: a decoder that also attends to the output of an encoder."""
+"""Encoder-decoders: a decoder that also attends to the output of an encoder; or that alone."""
 
 import flax.linen as nn
 import jax
@@ -19,16 +19,17 @@ class EncoderDecoder(Model):
     Attributes:
       embed: an `Embed`, shared by both sides.
       encoder: a `Stack`.
-      decoder: a `Stack` whose blocks have cross attention.
+      decoder: a `Stack` whose blocks have cross attention; or None, where the encoder alone reads
+        the tokens, as to label each of them.
       head: maps hidden states to logits, and gets the embedding to tie with; or None.
       start_id: the token that the decoder's input begins with.
       max_length: longest source and longest target the positions allow, or None.
-      pooler, classifier: over the decoder's hidden states, as of `Decoder`.
+      pooler, classifier: over the last hidden states, as of `Decoder`.
     """
 
     embed: nn.Module
     encoder: nn.Module
-    decoder: nn.Module
+    decoder: nn.Module | None
     head: nn.Module | None
     start_id: int = 0
     max_length: int | None = None
@@ -54,11 +55,13 @@ class EncoderDecoder(Model):
         return self.encoder(self.embed(source_BS, inner), inner)[0]
 
     def hidden(self, tokens_BT: Array, ctx: Context = Context(), state=None):
-        """Returns the (B, T, D) output of the decoder and the decoding state (or None).
+        """Returns the (B, T, D) output of the last stack and the decoding state (or None).
 
         Raises:
           ValueError: if there is neither a source nor a state that has read one.
         """
+        if self.decoder is None:
+            return self.encode(tokens_BT, ctx.replace(source_segments_BS=ctx.segments_BT)), None
         if state is None:
             if ctx.source_BS is None:
                 raise ValueError("an encoder-decoder needs a source: give ctx.source_BS")
@@ -73,6 +76,8 @@ class EncoderDecoder(Model):
 
         So do T5's classes. The segments of `ctx` are those of the tokens; it needs no source.
         """
+        if self.decoder is None:
+            return super().classify(tokens_BT, ctx)
         start_B1 = jnp.full_like(tokens_BT[:, :1], self.start_id)
         shifted_BT = jnp.concatenate([start_B1, tokens_BT[:, :-1]], axis=1)
         ctx = ctx.replace(source_BS=tokens_BT, source_segments_BS=ctx.segments_BT)

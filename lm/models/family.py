@@ -267,8 +267,7 @@ class Family:
         except (AttributeError, IndexError, TypeError) as error:
             raise ValueError(f"this model is not a {self.name}: {error}") from error
         head = {"model_type": model_type, "architectures": [self.classes[model_type]]}
-        values = {**head, **values, "dtype": "float32", "torch_dtype": "float32"}
-        values |= write_task(model)
+        values = {**head, **values, **write_task(model)}
         for name in self._class_names(model_type):
             values["architectures"] = [name]
             if self.read_config(values) == model:

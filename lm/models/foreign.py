@@ -188,9 +188,11 @@ def read_weights(
     return unflatten(params)
 
 
-def write_weights(table: Sequence[Weight], params: Mapping) -> dict[str, np.ndarray]:
-    """Returns foreign name -> contiguous fp32 array; the inverse of `read_weights`."""
-    flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
+def write_weights(
+    table: Sequence[Weight], params: Mapping, dtype: Any = np.float32
+) -> dict[str, np.ndarray]:
+    """Returns foreign name -> contiguous array of a dtype; the inverse of `read_weights`."""
+    flat = {path: np.asarray(leaf, dtype) for path, leaf in flatten(params).items()}
     tensors = {}
     for row in table:
         arrays = [flat.pop(path) for path in row.paths]

@@ -24,7 +24,6 @@ TASKS = {
     "ForMultipleChoice": "choice",
 }
 DECODER_TASKS = {name: task for name, task in TASKS.items() if task != "choice"}
-ENCODER_DECODER_TASKS = {name: task for name, task in DECODER_TASKS.items() if task != "token"}
 
 
 def for_task(
@@ -37,6 +36,8 @@ def for_task(
     kernel_init: Init = Normal(),
 ) -> Any:
     """Returns a model with the head of a task in place of its own; the body's paths stay.
+
+    Tags of an encoder-decoder are read off its encoder, and the decoder goes, as in T5's class.
 
     Args:
       model: a `Decoder`, `Encoder` or `EncoderDecoder`.
@@ -64,7 +65,8 @@ def for_task(
         classifier = Labels((num_labels,), **options)
     else:
         classifier = {"span": Span, "choice": Score}[task](**options)
-    return model.clone(head=None, pooler=pooler, classifier=classifier)
+    body = {"decoder": None} if task == "token" and isinstance(model, EncoderDecoder) else {}
+    return model.clone(head=None, pooler=pooler, classifier=classifier, **body)
 
 
 def _is_decoder(model: Any) -> bool:

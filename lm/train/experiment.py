@@ -143,10 +143,7 @@ class Experiment:
     @property
     def table(self) -> Table:
         """The table of what trains, where `trainable` does not say it, too."""
-        if self.trainable or self.adapter is None:
-            return self.trainable or FULL
-        parts = P.abstract(self.model) if task_of(self.model) else {}
-        return beside_adapter(*(f"{name}/*" for name in ("pooler", "classifier") if name in parts))
+        return self.trainable or default_table(self.model, self.adapter)
 
     def recipe(self) -> Recipe:
         """Returns what the train step needs of it, with schedules as long as the run."""
@@ -163,6 +160,14 @@ class Experiment:
             self.train.attention,
         )
         return recipe.over(self.train.steps)
+
+
+def default_table(model: nn.Module, adapter: LoRA | None) -> Table:
+    """Returns what trains where nobody says: everything, or the adapter and the head of a task."""
+    if adapter is None:
+        return FULL
+    parts = P.abstract(model) if task_of(model) else {}
+    return beside_adapter(*(f"{name}/*" for name in ("pooler", "classifier") if name in parts))
 
 
 # What may change between a run and its continuation: none of it says what is computed.

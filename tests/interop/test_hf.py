@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 from lm.core.paths import flatten
 from lm.interop import hf
 from lm.interop.loaded import Loaded
-from tests.conformance.harness import FAMILIES, cells, tiny
+from lm.models.decoder import Decoder
+from tests.conformance.harness import FAMILIES, tiny
 from tests.parity.hf import ids, randomize, right_padded
 
 torch = pytest.importorskip("torch")
@@ -49,11 +50,24 @@ def test_reads_what_transformers_writes(kind, shards, tmp_path):
     assert np.abs((np.asarray(ours) - theirs.numpy())[mask == 1]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name in cells("export")])
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+MODELS = {name: family.build(**family.tiny) for name, family in FAMILIES.items()}
+DECODERS = [
+    name
+    for name, model in MODELS.items()
+    if isinstance(model, Decoder) and model.causal and FAMILIES[name].classes
+]
+
+
+@pytest.mark.ledger("D09")
+@pytest.mark.parametrize(
+    "name, shard_bytes",
+    [*((name, 10**9) for name in [*DECODERS, "mistral"]), ("gpt2", 20_000), ("llama", 20_000)],
+)
 def test_transformers_reads_what_we_write(name, shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes)
-    model, params = tiny(name)
+    model, params = tiny("llama" if name == "mistral" else name)
+    if name == "mistral":
+        model = FAMILIES["llama"].build(**FAMILIES["llama"].tiny, window=5)
     loaded = Loaded(model, params)
     path = hf.save_directory(loaded, tmp_path / "out")
     module, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)

@@ -39,8 +39,7 @@ DECODERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionA
 CLASSES = [
     *((family, ending) for family in ("GPT2", "Llama", "Mistral", "Bert") for ending in DECODERS),
     ("Bert", "ForMultipleChoice"),
-    ("T5", "ForSequenceClassification"),
-    ("T5", "ForQuestionAnswering"),
+    *(("T5", ending) for ending in DECODERS),
 ]
 
 

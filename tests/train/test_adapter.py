@@ -11,10 +11,11 @@ import pytest
 from lm.core.mesh import MeshShape, make_mesh
 from lm.core.paths import flatten
 from lm.data.tokenizer import teeny_gpt_tokenizer
+from lm.leaving import merge_model
 from lm.models import adapters
 from lm.models import params as P
 from lm.models.adapters import LoRA
-from lm.opening import import_model, load
+from lm.opening import load
 from lm.train.loop import train
 from lm.train.objectives import Generative
 from lm.train.optimizer import AdamW, Muon
@@ -183,7 +184,7 @@ def test_a_run_with_an_adapter(tmp_path):
         np.testing.assert_array_equal(leaf, flatten(base)[path])
     assert all(leaf.any() for leaf in flatten(adapter).values())
     # Another run begins from it as one that has no adapter, and computes the same.
-    merged = load(import_model(tmp_path / "whole", tmp_path / "merged"))
+    merged = load(merge_model(tmp_path / "whole", tmp_path / "merged"))
     assert flatten(merged.params).keys() == flatten(base).keys()
     rows = [[3, 4, 5, 6, 7]]
     theirs = load(tmp_path / "whole").logits(rows)

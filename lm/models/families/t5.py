@@ -14,7 +14,7 @@ from lm.models.encdec import EncoderDecoder
 from lm.models.family import Family, Field, ForeignConfig, look_up
 from lm.models.foreign import Weight, attention, in_layers, projection
 from lm.models.stack import Stack
-from lm.models.tasks import ENCODER_DECODER_TASKS, classifier_rows, task_of
+from lm.models.tasks import DECODER_TASKS, classifier_rows, task_of
 
 
 def t5(
@@ -51,7 +51,7 @@ class TiedField(Field):
         return config.take("scale_decoder_outputs", config.take(self.key, self.default))
 
 
-BLOCK = "decoder.pattern.blocks.0"
+BLOCK = "encoder.pattern.blocks.0"
 ACTIVATION = f"{BLOCK}.mlp.layer.activation"
 FEED_FORWARDS = {"relu": "relu", "gated-gelu": "gelu_tanh", "gated-silu": "silu"}
 FIELDS = [
@@ -60,33 +60,33 @@ FIELDS = [
     Field("num_heads", "num_heads", f"{BLOCK}.mixer.layer.num_heads", 8),
     Field("head_dim", "d_kv", f"{BLOCK}.mixer.layer.head_dim", 64),
     Field("num_layers", "num_layers", "encoder.repeats", 6),
-    Field("num_decoder_layers", "num_decoder_layers", "decoder.repeats", None),
+    Field(
+        "num_decoder_layers", "num_decoder_layers", lambda m: m.decoder and m.decoder.repeats, None
+    ),
     Field("mlp_features", "d_ff", f"{BLOCK}.mlp.layer.hidden", 2048),
     Field("activation", "feed_forward_proj", ACTIVATION, "relu", FEED_FORWARDS),
     TiedField("tied", "tie_word_embeddings", lambda model: isinstance(model.head, TiedHead), True),
-    Field("num_buckets", "relative_attention_num_buckets", "decoder.bias.num_buckets", 32),
-    Field("max_distance", "relative_attention_max_distance", "decoder.bias.max_distance", 128),
-    Field("eps", "layer_norm_epsilon", "decoder.norm.eps", 1e-6),
+    Field("num_buckets", "relative_attention_num_buckets", "encoder.bias.num_buckets", 32),
+    Field("max_distance", "relative_attention_max_distance", "encoder.bias.max_distance", 128),
+    Field("eps", "layer_norm_epsilon", "encoder.norm.eps", 1e-6),
     Field("dropout", "dropout_rate", f"{BLOCK}.mixer.dropout", 0.1),
     Field("start_id", "decoder_start_token_id", "start_id", 0),
 ]
-CLASSIFIERS = {"sequence": "classification_head.out_proj", "span": "qa_outputs"}
+CLASSIFIERS = dict(sequence="classification_head.out_proj", token="classifier", span="qa_outputs")
 MIXERS = {"mixer": "SelfAttention", "cross": "EncDecAttention"}
 
 
 def weights(model: EncoderDecoder) -> list[Weight]:
-    plain = look_up(model, ACTIVATION) == "relu"
-    inner = {"up": "wi", "down": "wo"} if plain else {"gate": "wi_0", "up": "wi_1", "down": "wo"}
-    body = "transformer." if task_of(model) == "sequence" else ""
+    up = {"up": "wi"} if look_up(model, ACTIVATION) == "relu" else {"gate": "wi_0", "up": "wi_1"}
+    body = "transformer." if task_of(model) in ("sequence", "token") else ""
     rows = [Weight("embed/table", f"{body}shared.weight"), *classifier_rows(model, CLASSIFIERS)]
-    for side, last in (("encoder", 1), ("decoder", 2)):
+    for side, last in [("encoder", 1), ("decoder", 2)][: 1 if model.decoder is None else 2]:
         block = [Weight("mlp/norm/scale", f"{last}.layer_norm.weight")]
         for index, (ours, theirs) in enumerate([*MIXERS.items()][:last]):
-            block += attention(
-                f"{ours}/layer", [f"{index}.{theirs}.{p}" for p in "qkvo"], bias=False
-            )
+            names = [f"{index}.{theirs}.{p}" for p in "qkvo"]
+            block += attention(f"{ours}/layer", names, bias=False)
             block.append(Weight(f"{ours}/norm/scale", f"{index}.layer_norm.weight"))
-        for ours, theirs in inner.items():
+        for ours, theirs in {**up, "down": "wo"}.items():
             block += projection(f"mlp/layer/{ours}", f"{last}.DenseReluDense.{theirs}", bias=False)
         rows += in_layers(block, f"{side}/pattern/blocks_0/", f"{body}{side}.block.{{}}.layer.")
         first = f"{body}{side}.block.0.layer.0.SelfAttention"
@@ -113,8 +113,8 @@ FAMILY = Family(
         "1.1-xxl": sizes(4096, 64, 24, 10240, **V1_1),
     },
     tiny=sizes(32, 4, 3, 48, 8, vocab_size=61, num_buckets=8, max_distance=10),
-    classes={"t5": "T5ForConditionalGeneration"}, fixed={"is_encoder_decoder": (True,)},
-    heads={"ForConditionalGeneration": {}, "WithLMHeadModel": {}, **ENCODER_DECODER_TASKS},
+    classes={"t5": "T5ForConditionalGeneration"}, fixed={"is_encoder_decoder": (True, False)},
+    heads={"ForConditionalGeneration": {}, "WithLMHeadModel": {}, **DECODER_TASKS},
     inert=("n_positions", "output_past", "dense_act_fn", "is_gated_act"),
     ignore=(r"(transformer\.)?(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight"),
 )  # fmt: skip
