@@ -27,7 +27,7 @@ LENGTHS = (13, 13, 1, 5, 13)
 @cache
 def with_three(name):
     """Returns a model and its parameters: bare, with three adapters, and with each alone."""
-    model = get_family(name).build(**get_family(name).tiny | {"num_layers": 1})
+    model = get_family(name).build(**{**get_family(name).tiny, "num_layers": 1})
 
     @jax.jit
     def make():

@@ -43,7 +43,7 @@ def model_of(name: str):
     """Returns the tiny model of a family, every parameter random."""
     if name != "mistral":
         return tiny(name)
-    return get_family("llama").build(**get_family("llama").tiny | {"window": 8}), tiny("llama")[1]
+    return get_family("llama").build(**{**get_family("llama").tiny, "window": 8}), tiny("llama")[1]
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_other_bases_are_refused(llama, tmp_path):
     family = get_family("llama")
 
     def made(**changes):
-        model = family.build(**family.tiny | changes)
+        model = family.build(**{**family.tiny, **changes})
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), P.abstract(model))
         return Loaded(model, params)
 
