@@ -94,7 +94,8 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
 def tokenizer_keys(config: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
     """Returns what tokenizer_config.json says of the model: the longest text, and what it reads.
 
-    A tokenizer of no particular class gives token types too, which most models refuse.
+    Without this, version 4 of transformers gives token types to models that refuse them, and 5
+    gives none to those that read them.
     """
     types = ["token_type_ids"] if "type_vocab_size" in config else []
     values = {"model_input_names": ["input_ids", *types, "attention_mask"]}

@@ -37,7 +37,7 @@ def read(case: Path) -> None:
     texts = json.loads((case / "texts.json").read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     said = {
-        "class": type(module).__name__,
+        "inputs": sorted(tokenizer(texts[0])),
         "ids": [tokenizer(text, add_special_tokens=False).input_ids for text in texts],
         "special": {n: t for n, t in tokenizer.special_tokens_map.items() if isinstance(t, str)},
     }

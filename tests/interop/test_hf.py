@@ -87,6 +87,15 @@ def test_transformers_reads_what_we_write(name, shard_bytes, tmp_path, monkeypat
         hf.save_directory(loaded, path)
 
 
+def test_rotary_positions_are_in_both_spellings():
+    """Each major of transformers reads its own and ignores the other's, without a word."""
+    values = FAMILIES["llama"].write_config(MODELS["llama"])
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+    assert scaling.items() <= values["rope_scaling"].items()
+    assert values["rope_theta"] == 500.0
+    assert values["rope_parameters"] == {"rope_theta": 500.0, **values["rope_scaling"]}
+
+
 def test_no_foreign_form_is_refused_and_leaves_nothing(tmp_path):
     model, params = tiny("teeny_gpt")
     with pytest.raises(ValueError, match="no Hugging Face class is a post-norm decoder"):
