@@ -7,6 +7,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from lm.commands.benchmark import benchmark
 from lm.core.config import from_json
 from lm.data.corpus import TextData
 from lm.eval.perplexity import evaluate as measure
@@ -96,16 +97,30 @@ def chat(
 
 
 def evaluate(
-    model: Positional[str], split: str = "validation", data: str = "", batch_size: int = 32
-) -> dict[str, float]:
-    """Measures a model on a split: loss, perplexity, bits, top-1 reconstruction.
+    model: Positional[str],
+    split: str = "validation",
+    data: str = "",
+    batch_size: int = 32,
+    tasks: str = "",
+    limit: int | None = None,
+    num_fewshot: int = 0,
+) -> dict[str, Any]:
+    """Measures a model on a split: loss, perplexity, bits, top-1 reconstruction; or on benchmarks.
 
     Args:
       model: a run directory; or another model, with `data`.
       split: train, validation or test.
       data: another text: headlines, text:PATH or tfds:NAME; '' is what the run was trained on.
       batch_size: rows of a batch.
+      tasks: benchmarks instead of a split, with commas between: lambada, hellaswag, arc_easy,
+        arc_challenge, piqa, winogrande, boolq, sciq, sst2, copa.
+      limit: only the first so many items of each benchmark.
+      num_fewshot: examples before each question of a benchmark.
     """
+    if tasks:
+        if data:
+            raise ValueError("--tasks and --data exclude each other: give one of them")
+        return benchmark(model, tasks, limit, num_fewshot, batch_size)
     loaded = load(model)
     if data:
         length = min(256, (loaded.model.max_length or 257) - 1)
