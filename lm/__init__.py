@@ -20,6 +20,7 @@ _HOME = {
     "generate": "lm.infer.generate",
     "stream": "lm.infer.generate",
     "score": "lm.infer.score",
+    "loglikelihood": "lm.infer.score",
     "embed": "lm.infer.score",
     "evaluate": "lm.eval.perplexity",
     "load_experiment": "lm.train.experiment",

@@ -10,7 +10,7 @@ USAGE = """usage: lm COMMAND ...
   train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
   generate MODEL        continue prompts
   chat MODEL            continue what you type
-  evaluate MODEL        loss, perplexity, bits per character, top-1 reconstruction
+  evaluate MODEL        loss, perplexity, bits, top-1 reconstruction; or benchmarks
   import SOURCE RUN     write a pretrained model as a run directory
   export MODEL DIR      write a model as a Hugging Face directory
   list [FAMILY]         the families, their sizes and parameter counts; or draw one

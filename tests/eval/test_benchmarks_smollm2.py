@@ -40,9 +40,9 @@ def config_of(name, items, folder):
     docs = [
         {
             "query": item.pairs[0][0],
-            # The harness puts the space before each choice.
+            "target": item.pairs[item.gold][1],
+            # The harness puts the space before each choice, and not before a target.
             "choices": [text.removeprefix(" ") for _, text in item.pairs],
-            "target": item.pairs[item.gold][1].removeprefix(" "),
             "gold": item.gold,
         }
         for item in items

@@ -14,12 +14,13 @@ from lm.infer.score import encode_pair
 from lm.interop import hf
 from lm.interop.loaded import Loaded
 from lm.ops.rotary import Rotary
-from tests.conformance.harness import FAMILIES, random_params, tiny
+from tests.conformance.harness import FAMILIES, random_params
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from lm.eval import harness  # noqa: E402
 from lm.eval.harness import LmEvalModel  # noqa: E402
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "house", "and", "it", "red"]
@@ -37,8 +38,8 @@ def loaded():
     rng = random.Random(0)
     tokenizer = train_bpe([sentence(rng, 12) + ".\n" for _ in range(200)], 300)
     tokenizer = dataclasses.replace(tokenizer, starts=False, chat_template=CHAT)
-    sizes = {**FAMILIES["llama"].tiny, "vocab_size": 300, "rotary": Rotary(500.0)}
-    model = FAMILIES["llama"].build(**sizes)
+    sizes = dict(vocab_size=300, num_layers=1, rotary=Rotary(500.0))
+    model = FAMILIES["llama"].build(**{**FAMILIES["llama"].tiny, **sizes})
     return Loaded(model, random_params(model), tokenizer, name="tiny/llama")
 
 
@@ -93,7 +94,7 @@ def test_tasks_give_what_the_backend_of_transformers_gives(loaded, tasks, tmp_pa
     from lm_eval.models.huggingface import HFLM
 
     path = hf.save_directory(loaded, tmp_path / "out")
-    ours = run(LmEvalModel(loaded, batch_size=5), tasks)
+    ours = run(LmEvalModel(loaded, batch_size=12), tasks)
     theirs = run(HFLM(str(path), device="cpu", batch_size=1, dtype="float32"), tasks)
     assert ours["results"].keys() == {"our_choice", "our_text", "our_reply"}
     for task, metrics in theirs["results"].items():
@@ -154,8 +155,7 @@ def test_special_tokens_and_the_start(loaded):
     assert model.tok_encode("the cat", add_special_tokens=False) == plain
 
 
-def test_an_encoder_decoder_reads_the_context_as_its_source():
-    model, params = tiny("t5")
+def test_an_encoder_decoder_reads_the_context_as_its_source(monkeypatch):
     numbers = SimpleNamespace(
         encode=lambda text: [int(word) for word in text.split()],
         decode=lambda ids: " ".join(map(str, ids)),
@@ -163,16 +163,22 @@ def test_an_encoder_decoder_reads_the_context_as_its_source():
         eos_id=1,
         pad_id=0,
     )
-    loaded = Loaded(model, params, numbers)
-    backend = LmEvalModel(loaded)
+    t5 = FAMILIES["t5"].build(**FAMILIES["t5"].tiny)
+    backend, seen = LmEvalModel(Loaded(t5, {}, numbers)), []
     assert backend.backend == "seq2seq" and backend.max_length == 2048
-    (answer,) = backend.loglikelihood(requests_of(("5 6 7", " 8 9")), disable_tqdm=True)
-    logits = np.asarray(loaded.logits([[5, 6, 7, 1]], targets=[[model.start_id, 8]])[0], np.float64)
-    expected = sum(row[i] - np.log(np.exp(row).sum()) for row, i in zip(logits, (8, 9)))
-    assert answer[0] == pytest.approx(expected, abs=1e-4)
-    settings = {"until": ["\n"], "max_gen_toks": 4}
-    (reply,) = backend.generate_until(requests_of(("5 6 7", settings)))
-    assert len(reply.split()) <= 4
+
+    def capture(model, params, prompts, *, source, **options):
+        seen.append((prompts, source, options["max_new_tokens"]))
+        return [[8, 9, 1]]
+
+    monkeypatch.setattr(harness, "generate_until", capture)
+    assert backend.generate_until(requests_of(("5 6 7", {"max_gen_toks": 4}))) == ["8 9"]
+    assert seen.pop() == (None, [[5, 6, 7, 1]], 4)
+    monkeypatch.setattr(
+        LmEvalModel, "_loglikelihood_tokens", lambda self, requests, **_: seen.extend(requests)
+    )
+    backend.loglikelihood(requests_of(("5 6 7", " 8 9"), ("", "8")), disable_tqdm=True)
+    assert [ids for _, *ids in seen] == [[[5, 6, 7, 1], [8, 9]], [[1], [8]]]
 
 
 def test_replies_do_not_depend_on_the_batch(loaded):
@@ -187,12 +193,9 @@ def test_replies_do_not_depend_on_the_batch(loaded):
 
 
 def test_a_context_gives_way_to_the_reply(loaded):
-    limit = loaded.model.max_length
+    limit, model = loaded.model.max_length, LmEvalModel(loaded)
     long = " ".join(["the cat sat on"] * limit)
-    settings = {"until": [], "max_gen_toks": 4}
-    cut = loaded.tokenizer.decode(loaded.tokenizer.encode(long)[-(limit - 4) :])
-    model = LmEvalModel(loaded)
-    assert model.generate_until(requests_of((long, settings), (cut, settings)))[0] is not None
+    assert model._prompt(long, 4) == loaded.tokenizer.encode(long)[-(limit - 4) :]
     with pytest.raises(ValueError, match=f"{limit} new tokens leave no room"):
         model.generate_until(requests_of(("the", {"max_gen_toks": limit})))
     with pytest.raises(ValueError, match="generation here has no num_beams"):
@@ -206,8 +209,7 @@ def test_chats(loaded):
     assert model.apply_chat_template(history, False) == "<user>cat?\n<assistant>the"
     assert model.chat_template(True) == CHAT
     assert model.tokenizer_name == "tiny__llama"
-    bare, params = tiny("teeny_gpt")
-    plain = LmEvalModel(Loaded(bare, params, teeny_gpt_tokenizer()))
+    plain = LmEvalModel(dataclasses.replace(loaded, tokenizer=teeny_gpt_tokenizer()))
     assert plain.chat_template(True) is None
     with pytest.raises(ValueError, match="no chat template"):
         plain.apply_chat_template(history)

@@ -1,6 +1,7 @@
 """Benchmarks: what is asked, how answers count, and what is said of bad input."""
 
 import builtins
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,8 @@ from lm.data.tokenizer import teeny_gpt_tokenizer
 from lm.eval.requests import BETWEEN, PACKAGE, TASKS, Item, check_request, load_items
 from lm.eval.tasks import line_of, run_tasks, summarize, write_evaluation
 from lm.infer.score import Likelihood, loglikelihood
-from tests.conformance.harness import tiny
+from lm.interop.loaded import Loaded
+from tests.conformance.harness import FAMILIES, random_params
 from tests.eval import toy_package
 from tests.eval.toy_package import EXAMPLES, QUESTIONS, WORDS
 
@@ -30,11 +32,8 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def loaded():
-    model, params = tiny("teeny_gpt")
-    tokenizer = teeny_gpt_tokenizer()
-    return SimpleNamespace(
-        model=model, params=params, tokenizer=tokenizer, dtype="float32", name="tiny"
-    )
+    model = FAMILIES["teeny_gpt"].build(**{**FAMILIES["teeny_gpt"].tiny, "num_layers": 1})
+    return Loaded(model, random_params(model), teeny_gpt_tokenizer(), name="tiny")
 
 
 def test_items_are_the_requests_of_one_question(package):
@@ -55,8 +54,7 @@ def test_examples_stand_before_the_question(package, name, shots):
 
 
 def test_tables_are_asked_about_as_the_harness_does(package):
-    from lm_eval.tasks.super_glue.copa import utils as harness
-
+    harness = pytest.importorskip("lm_eval.tasks.super_glue.copa.utils")
     reviews, causes = load_items("sst2"), load_items("copa")
     question = "Question: Is this sentence positive or negative?\nAnswer:"
     context = f"a fine film . \n{question}"
@@ -91,16 +89,13 @@ def test_metrics_by_hand():
 def test_a_run_over_tasks(package, loaded):
     lines = []
     found = run_tasks(loaded, ["hellaswag", "lambada"], batch_size=4, echo=lines.append)
-    sums = [
-        [score.sum for score in loglikelihood(loaded, item.pairs)]
-        for item in load_items("hellaswag")
-    ]
-    golds = [gold for _, _, gold in QUESTIONS]
-    best = [int(np.argmax(each)) for each in sums]
-    assert found["hellaswag"]["accuracy"] == np.mean(np.array(best) == golds)
+    pairs = [(context, text) for context, texts, _ in QUESTIONS for text in texts]
+    sums = [score.sum for score in loglikelihood(loaded, pairs, batch_size=4)]
+    right = [np.argmax(sums[0:2]) == 0, np.argmax(sums[2:5]) == 2, np.argmax(sums[5:7]) == 0]
+    assert found["hellaswag"]["accuracy"] == np.mean(right)
     assert found["hellaswag"]["requests"] == 7 and found["hellaswag"]["items"] == 3
     assert found["hellaswag"]["too_long"] == 0
-    nats = [-loglikelihood(loaded, [pair])[0].sum for pair in WORDS]
+    nats = [-score.sum for score in loglikelihood(loaded, WORDS)]
     assert found["lambada"]["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
     assert [line.split()[0] for line in lines] == ["task", "hellaswag", "lambada"]
     assert lines[2] == line_of("lambada", found["lambada"])
@@ -136,14 +131,12 @@ def test_bad_input_is_named(package, loaded, monkeypatch, tmp_path):
         run(["piqa"], shots=6)
     with pytest.raises(ValueError, match="-1 were asked for"):
         run(["piqa"], shots=-1)
-    model, params = tiny("teeny_gpt")
-    bare = SimpleNamespace(model=model, params=params, tokenizer=None, name="out/model")
+    bare = SimpleNamespace(model=loaded.model, tokenizer=None, name="out/model")
     with pytest.raises(ValueError, match=r"out/model has no tokenizer"):
         run_tasks(bare, ["lambada"])
-    model, params = tiny("bert")
-    other = SimpleNamespace(**{**vars(loaded), "model": model, "params": params})
+    both_ways = FAMILIES["bert"].build(**FAMILIES["bert"].tiny)
     with pytest.raises(ValueError, match="bidirectional"):
-        run_tasks(other, ["lambada"])
+        run_tasks(dataclasses.replace(loaded, model=both_ways), ["lambada"])
     real = builtins.__import__
 
     def without_pyarrow(name, *rest, **options):

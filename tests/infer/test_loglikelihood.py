@@ -1,5 +1,6 @@
 """ln p of continuations, as benchmarks ask for it, against one forward pass for each."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,14 +16,21 @@ from lm.infer.score import (
     score,
 )
 from lm.models.encdec import EncoderDecoder
-from tests.conformance.harness import forward, tiny
+from tests.conformance.harness import FAMILIES, forward, random_params
 
-WIDTH = 48
+WIDTH = 24
+
+
+@functools.cache
+def one_layer(name):
+    """The tiny model of a family with a single layer, which compiles sooner, and its parameters."""
+    model = FAMILIES[name].build(**{**FAMILIES[name].tiny, "num_layers": 1})
+    return model, random_params(model)
 
 
 @pytest.fixture(scope="module")
 def teeny_text():
-    model, params = tiny("teeny_gpt")
+    model, params = one_layer("teeny_gpt")
     return SimpleNamespace(model=model, params=params, tokenizer=teeny_gpt_tokenizer())
 
 
@@ -54,16 +62,16 @@ def brute_force(model, params, context, continuation):
     return sum(sums), all(logits[t].argmax() == row[t + 1] for t in places)
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mamba", marks=pytest.mark.slow), "t5"])
 def test_equals_brute_force(name):
-    model, params = tiny(name)
+    model, params = one_layer(name)
     loaded = SimpleNamespace(model=model, params=params)
     pairs = random_pairs(model, 12, WIDTH - 1)
     # One that is greedy: the likeliest token after a context.
     context = pairs[0][0]
     best = max(range(model.vocab_size), key=lambda i: brute_force(model, params, context, [i])[0])
     pairs.append((context, [best]))
-    found = loglikelihood_tokens(loaded, pairs, batch_size=5)
+    found = loglikelihood_tokens(loaded, pairs, batch_size=7)
     for pair, ours in zip(pairs, found):
         expected, greedy = brute_force(model, params, *pair)
         assert ours.sum == pytest.approx(expected, abs=1e-4) and ours.is_greedy == greedy
@@ -71,28 +79,29 @@ def test_equals_brute_force(name):
 
 
 def test_what_is_too_long_is_cut_on_the_left():
-    model, params = tiny("llama")
+    model, params = one_layer("llama")
     loaded, limit = SimpleNamespace(model=model, params=params), model.max_length
     ids = np.random.default_rng(0).integers(1, model.vocab_size, 3 * limit).tolist()
     fits = (ids[-limit - 1 : -5], ids[-5:])  # The last token is predicted and not read.
     too_long = (ids[:-5], ids[-5:])
     endless = (ids[:5], ids[5:])
-    found = loglikelihood_tokens(loaded, [fits, too_long, endless])
-    assert found[0].sum == pytest.approx(found[1].sum, abs=1e-4) and np.isfinite(found[2].sum)
-    assert num_too_long(model, [fits, too_long, endless]) == 2
-    shorter = (ids[-limit - 1 : -limit], ids[-limit:])  # All that can be predicted of it.
-    assert found[2].sum == pytest.approx(loglikelihood_tokens(loaded, [shorter])[0].sum, abs=1e-3)
-    assert num_too_long(tiny("mamba")[0], [endless]) == 0
+    all_that_can_be = (ids[-limit - 1 : -limit], ids[-limit:])
+    pairs = [fits, too_long, endless, all_that_can_be]
+    found = loglikelihood_tokens(loaded, pairs)
+    assert found[0].sum == pytest.approx(found[1].sum, abs=1e-4)
+    assert found[2].sum == pytest.approx(found[3].sum, abs=1e-4)
+    assert num_too_long(model, pairs) == 2
+    assert num_too_long(SimpleNamespace(max_length=None), [endless]) == 0
 
 
 def test_compilations_are_bounded_by_the_buckets_of_lengths(compilations):
-    model, params = tiny("teeny_gpt")
+    model, params = one_layer("teeny_gpt")
     loaded, sizes = SimpleNamespace(model=model, params=params), []
     with compilations() as compiled:
-        pairs = random_pairs(model, 90, 60, seed=1)
+        pairs = random_pairs(model, 90, 33, seed=1)
         loglikelihood_tokens(loaded, pairs, batch_size=6, on_batch=sizes.append)
     assert sum(sizes) == 90 and len(sizes) == 15
-    assert 1 <= len(compiled) <= 5  # Widths of 16, 24, 32, 48 and 64.
+    assert 1 <= len(compiled) <= 3  # Widths of 16, 24 and 32.
     with compilations() as compiled:
         loglikelihood_tokens(loaded, pairs[::-1] + pairs[:31], batch_size=6)
     assert not compiled
@@ -114,7 +123,7 @@ def test_pairs_of_texts_are_one_text(teeny_text):
 
 def test_a_pair_is_cut_where_the_context_alone_ends():
     tokenizer = train_bpe(["the cat sat on the mat " * 20], 270)
-    it = SimpleNamespace(model=tiny("llama")[0], tokenizer=tokenizer)
+    it = SimpleNamespace(model=one_layer("llama")[0], tokenizer=tokenizer)
     whole = tokenizer.encode("the cat sat")
     before, after = encode_pair(it, "the ca", "t sat")  # A token spans the cut.
     assert before == [tokenizer.bos_id, *tokenizer.encode("the ca")]
@@ -133,6 +142,6 @@ def test_bad_input_is_named(teeny_text):
         loglikelihood_tokens(teeny_text, [([1], [99])])
     with pytest.raises(ValueError, match="there is no context"):
         loglikelihood(teeny_text, [])
-    model, params = tiny("bert")
+    both_ways = SimpleNamespace(model=FAMILIES["bert"].build(**FAMILIES["bert"].tiny))
     with pytest.raises(ValueError, match="bidirectional"):
-        loglikelihood_tokens(SimpleNamespace(model=model, params=params), [([1], [2])])
+        loglikelihood_tokens(both_ways, [([1], [2])])
