@@ -7,7 +7,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from lm.commands.benchmark import benchmark
+from lm.commands.benchmark import benchmark, task_names
 from lm.core.config import from_json
 from lm.data.corpus import TextData
 from lm.eval.perplexity import evaluate as measure
@@ -117,11 +117,10 @@ def evaluate(
       limit: only the first so many items of each benchmark.
       num_fewshot: examples before each question of a benchmark.
     """
-    if tasks:
-        if data:
-            raise ValueError("--tasks and --data exclude each other: give one of them")
-        return benchmark(model, tasks, limit, num_fewshot, batch_size)
+    names = task_names(tasks, data, limit, num_fewshot) if tasks else []
     loaded = load(model)
+    if names:
+        return benchmark(loaded, names, limit, num_fewshot, batch_size)
     if data:
         length = min(256, (loaded.model.max_length or 257) - 1)
         config: Any = TextData(data, length=length)

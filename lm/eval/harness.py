@@ -112,10 +112,9 @@ class LmEvalModel(TemplateLM):
             ids = tokenizer.encode(string, special=True)
         else:
             ids = tokenizer.encode(string)
+        bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
         if self.backend == "seq2seq":
-            ends = add_special_tokens is not False and tokenizer.eos_id is not None
-            return [*ids, tokenizer.eos_id] if ends else ids
-        bos_id = tokenizer.bos_id
+            return ids if add_special_tokens is False or eos_id is None else [*ids, eos_id]
         if add_special_tokens is None:
             add_special_tokens = getattr(tokenizer, "starts", True) and ids[:1] != [bos_id]
         return [bos_id, *ids] if add_special_tokens and bos_id is not None else ids
@@ -131,7 +130,7 @@ class LmEvalModel(TemplateLM):
             batch_size=self.batch_size,
             dtype=self.loaded.dtype,
         )
-        answers = [tuple(likelihood) for likelihood in found]
+        answers = [(likelihood.sum, likelihood.is_greedy) for likelihood in found]
         for (text, _, _), answer in zip(requests, answers):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)

@@ -68,6 +68,8 @@ def run_tasks(
         model has no tokenizer, or is bidirectional.
     """
     names = check_request(names, shots, limit)
+    if batch_size < 1:
+        raise ValueError(f"a batch holds 1 request or more, not {batch_size}")
     if loaded.tokenizer is None:
         raise ValueError(
             f"{loaded.name or 'this model'} has no tokenizer, and benchmarks are text: put its "

@@ -131,6 +131,8 @@ def test_bad_input_is_named(package, loaded, monkeypatch, tmp_path):
         run(["piqa"], shots=6)
     with pytest.raises(ValueError, match="-1 were asked for"):
         run(["piqa"], shots=-1)
+    with pytest.raises(ValueError, match="1 request or more, not 0"):
+        run(["piqa"], batch_size=0)
     bare = SimpleNamespace(model=loaded.model, tokenizer=None, name="out/model")
     with pytest.raises(ValueError, match=r"out/model has no tokenizer"):
         run_tasks(bare, ["lambada"])
