@@ -42,7 +42,11 @@ setup(
         "plan": ["libtpu"],
         "tfds": ["tensorflow"],
         "wandb": ["wandb"],
-        "eval": ["scikit-learn>=1.4"],
+        "eval": [
+            "scikit-learn>=1.4",
+            "pyarrow>=14",  # Reads two of the benchmarks.
+            "lm-eval>=0.4.13",
+        ],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -52,11 +56,12 @@ setup(
             "transformers>=5.0",
             "accelerate>=1.0",  # transformers reads GGUF files with it.
             "peft>=0.21",
-            "lm-eval>=0.4.9",
+            "lm-eval>=0.4.13",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
             "scikit-learn>=1.4",
+            "pyarrow>=14",
             "ruff>=0.14",
             "pyright>=1.1.400",
         ],

@@ -22,6 +22,7 @@ _HOME = {
     "generate": "lm.infer.generate",
     "stream": "lm.infer.generate",
     "score": "lm.infer.score",
+    "loglikelihood": "lm.infer.score",
     "embed": "lm.infer.score",
     "classify": "lm.infer.classify",
     "evaluate": "lm.eval.perplexity",

@@ -11,7 +11,7 @@ USAGE = """usage: lm COMMAND ...
   generate MODEL        continue prompts
   chat MODEL            continue what you type
   classify MODEL        label texts
-  evaluate MODEL        loss, perplexity, bits per character, top-1 reconstruction
+  evaluate MODEL        loss, perplexity, bits, top-1 reconstruction; or benchmarks
   import SOURCE RUN     write a pretrained model as a run directory
   export MODEL DIR      write a model as a Hugging Face directory, merged, or as StableHLO
   merge MODEL RUN       write a run with its adapter merged into its kernels

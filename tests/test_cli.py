@@ -10,6 +10,7 @@ import pytest
 
 import lm
 from lm.cli import main
+from tests.eval import toy_package
 
 EXPERIMENT = """
 from lm.data.corpus import TextData
@@ -92,6 +93,20 @@ def test_generate_and_evaluate(run, capsys):
     assert abs(metrics["bits_per_character"] - bits) < 1e-4
 
 
+def test_evaluate_on_benchmarks(run, tmp_path, monkeypatch, capsys):
+    toy_package.install(tmp_path / "cache", monkeypatch)
+    words = ["--tasks", "lambada,hellaswag", "--limit", "2", "--batch-size", "4"]
+    assert main(["evaluate", str(run), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["task", "lambada", "hellaswag"]
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["model"] == str(run) and found["tasks"].keys() == {"lambada", "hellaswag"}
+    assert found["tasks"]["hellaswag"]["items"] == 2
+    assert 0 <= found["tasks"]["hellaswag"]["accuracy"] <= 1
+    for name in ("perplexity", "bits_per_byte", "tokens_per_second"):
+        assert found["tasks"]["lambada"][name] > 0
+
+
 def test_load_in_a_notebook(run):
     loaded = lm.load(run)
     logits = loaded.logits([loaded.tokenizer.encode("police")])
@@ -154,6 +169,9 @@ def test_tokenizer_train(folder, capsys):
         (["generate", "{folder}/nothing", "--prompt", "a"], "there is no"),
         (["generate", "{folder}", "--prompt", "a"], "neither a run"),
         (["evaluate", "{run}", "--split", "holdout"], "holdout"),
+        (["evaluate", "{run}", "--tasks", "lambda"], "did you mean 'lambada'"),
+        (["evaluate", "{run}", "--tasks", "piqa", "--limit", "0"], "a limit of 0"),
+        (["evaluate", "{run}", "--tasks", "piqa", "--data", "headlines"], "exclude each other"),
         (["list", "gpt9"], "no family 'gpt9'; there are"),
     ],
 )  # fmt: skip

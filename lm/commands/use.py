@@ -7,6 +7,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from lm.commands.benchmark import benchmark, task_names
 from lm.core.config import from_json
 from lm.data.corpus import TextData
 from lm.data.labelled import LabelledData
@@ -129,8 +130,11 @@ def evaluate(
     data: str = "",
     batch_size: int = 32,
     adapter: str = "",
+    tasks: str = "",
+    limit: int | None = None,
+    num_fewshot: int = 0,
 ) -> dict[str, Any]:
-    """Measures a model on a split: loss, perplexity, bits, top-1 reconstruction.
+    """Measures a model on a split: loss, perplexity, bits, top-1 reconstruction; or on benchmarks.
 
     Of a classifier's run it gives accuracy and macro-F1, beside baselines.
 
@@ -140,8 +144,15 @@ def evaluate(
       data: another text: headlines, text:PATH or tfds:NAME; '' is what the run was trained on.
       batch_size: rows of a batch.
       adapter: a PEFT directory, or a run that trained an adapter, to use with the model.
+      tasks: benchmarks instead of a split, with commas between: lambada, hellaswag, arc_easy,
+        arc_challenge, piqa, winogrande, boolq, sciq, sst2, copa.
+      limit: only the first so many items of each benchmark.
+      num_fewshot: examples before each question of a benchmark.
     """
+    names = task_names(tasks, data, limit, num_fewshot) if tasks else []
     loaded = load(model, adapter=adapter or None)
+    if names:
+        return benchmark(loaded, names, limit, num_fewshot, batch_size)
     if data:
         length = min(256, (loaded.model.max_length or 257) - 1)
         config: Any = TextData(data, length=length)

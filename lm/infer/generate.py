@@ -1,6 +1,6 @@
 """Generation: prompts in, tokens or text out; whole, or streamed as they are drawn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -144,6 +144,44 @@ def stream_tokens(
         yield int(token[0])
         if finished[0]:
             return
+
+
+def generate_until(
+    model: Any,
+    params: Any,
+    prompts: Rows | None = None,
+    *,
+    done: Callable[[list[int]], bool],
+    max_new_tokens: int,
+    **options: Any,
+) -> list[list[int]]:
+    """Returns the tokens of `generate_tokens`, each row only until `done` says that it is whole.
+
+    The rows are looked at on the host, so that it may be any condition, such as a string that
+    several tokens spell.
+
+    Args:
+      model, params, prompts: as of `generate_tokens`.
+      done: is given the new tokens of a row.
+      max_new_tokens: at most that many tokens each.
+      options: those of `generate_tokens`.
+    """
+    decoding, call = _begin(model, params, prompts, max_new_tokens=max_new_tokens, **options)
+    rows: list[list[int]] = [[] for _ in range(call.count)]
+    unfinished = set(range(call.count))
+    for index in range(max_new_tokens):
+        # The next tokens are under way before these are read.
+        tokens_B, finished_B = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
+        if index + 1 < max_new_tokens:
+            decoding = step(model, params, decoding, call.ctx, call.reader)
+        tokens_B, finished_B = jax.device_get((tokens_B, finished_B))
+        for row in sorted(unfinished):
+            rows[row].append(int(tokens_B[row]))
+            if finished_B[row] or done(rows[row]):
+                unfinished.remove(row)
+        if not unfinished:
+            break
+    return rows
 
 
 def generate(

@@ -1,6 +1,6 @@
 """What a model says of given text: how likely it is, and one vector for each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,19 @@ from lm.ops.loss import token_nll
 
 Array = jax.Array
 CHUNK = 128  # Places whose logits are in memory at a time.
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+class Likelihood(NamedTuple):
+    """What a model says of a continuation.
+
+    Attributes:
+      sum: ln p(continuation | context), in nats.
+      is_greedy: whether each of its tokens is the likeliest.
+    """
+
+    sum: float
+    is_greedy: bool
 
 
 class Score(NamedTuple):
@@ -64,10 +77,7 @@ def score(
         bidirectional.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    if not model.causal:
-        raise ValueError(
-            "a bidirectional model gives no likelihood to a text: score with a causal one"
-        )
+    check_causal(model)
     pairs = [(None, text) if isinstance(text, str) else tuple(text) for text in texts]
     has_encoder = isinstance(model, EncoderDecoder)
     rows, contexts, sources = [], [], []
@@ -103,6 +113,138 @@ def score(
             found = -nll[row, contexts[index] - 1 : len(rows[index]) - 1]
             scores[index] = Score(float(found.sum()), float(found.mean()), len(found))
     return scores
+
+
+def loglikelihood(
+    loaded: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 32,
+    dtype: str = "float32",
+) -> list[Likelihood]:
+    """Returns ln p of each continuation of a context, as benchmarks ask for it.
+
+    Unlike `score` it tokenizes a pair as one text: see `encode_pair`.
+
+    Args:
+      loaded: has `.model`, `.params` and `.tokenizer`.
+      pairs: (context, continuation). An encoder-decoder reads the context as its source.
+      batch_size, dtype: as of `loglikelihood_tokens`.
+
+    Raises:
+      ValueError: as `loglikelihood_tokens`.
+    """
+    ids = [encode_pair(loaded, context, continuation) for context, continuation in pairs]
+    return loglikelihood_tokens(loaded, ids, batch_size=batch_size, dtype=dtype)
+
+
+def encode_pair(loaded: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Returns the ids of a context and of its continuation, as lm-evaluation-harness cuts them.
+
+    White space at the end of the context belongs to the continuation, since tokens begin with it.
+    A decoder's continuation is what the ids of the whole text have beyond as many as the context
+    has alone; an encoder-decoder tokenizes the two apart. An empty context is the start token, or
+    the continuation's own first token where there is none.
+    """
+    tokenizer = loaded.tokenizer
+    kept = context.rstrip()
+    context, continuation = kept, context[len(kept) :] + continuation
+    if isinstance(loaded.model, EncoderDecoder):
+        return encode_source(tokenizer, context), tokenizer.encode(continuation)
+    before = encode(tokenizer, context)
+    if context:
+        return before, encode(tokenizer, context + continuation)[len(before) :]
+    after = tokenizer.encode(continuation)
+    return (before, after) if before and before != after[:1] else (after[:1], after[1:])
+
+
+def num_too_long(model: Any, pairs: Sequence[Pair]) -> int:
+    """Returns how many pairs of ids `loglikelihood_tokens` has to cut to the model's positions."""
+    limit = model.max_length
+    if limit is None:
+        return 0
+    if isinstance(model, EncoderDecoder):
+        return sum(len(source) > limit or len(target) > limit for source, target in pairs)
+    return sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
+
+
+def loglikelihood_tokens(
+    loaded: Any,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Likelihood]:
+    """Returns ln p of each continuation of a context, both given as ids.
+
+    What is longer than the model's positions is cut on the left. The last token of a continuation
+    is not read, so that a model of P positions takes P + 1 tokens. Rows of similar length are read
+    together, the longest first; a batch has one number of rows in all calls of one batch size, and
+    its width is a `bucket`, so that few programs are compiled. Logits are computed where
+    continuations are, and nowhere else.
+
+    Args:
+      loaded: has `.model` and `.params`.
+      pairs: (context, continuation); of an encoder-decoder, (source, target without the start).
+      batch_size: rows that are read at once.
+      dtype: the compute dtype.
+      on_batch: is told after each batch how many pairs were in it.
+
+    Raises:
+      ValueError: if the model is bidirectional, a context or a continuation is empty, or an id is
+        out of range.
+    """
+    model, limit = loaded.model, loaded.model.max_length
+    check_causal(model)
+    has_encoder = isinstance(model, EncoderDecoder)
+    inputs, targets, sources = [], [], []
+    for context, continuation in pairs:
+        row = [model.start_id] if has_encoder else list(context)
+        row = [*row, *continuation]
+        row = row if limit is None else row[-limit - 1 :]
+        inputs.append(row[:-1])
+        targets.append(row[1:][-len(continuation) :] if continuation else [])
+        sources.append(list(context) if limit is None else list(context)[-limit:])
+    check(sources, model, "context")
+    check(targets, model, "continuation")
+    check(inputs, model, "request")
+    most = bucket(max(len(row) for row in targets), least=16)
+    count = bucket(min(batch_size, len(inputs)))
+    found: list[Likelihood] = [Likelihood(0.0, False)] * len(inputs)
+    # The longest first: what does not fit into memory fails at once.
+    for group in reversed(groups(inputs, batch_size)):
+        some = rows_at(inputs, group)
+        tokens, segments = pack(some, width_of(some, model), count)
+        ctx = Context(segments_BT=segments, dtype=dtype)
+        if has_encoder:
+            source = rows_at(sources, group)
+            source_tokens, source_segments = pack(source, width_of(source, model), count)
+            ctx = ctx.replace(source_BS=source_tokens, source_segments_BS=source_segments)
+        targets_BN = np.zeros((count, min(most, tokens.shape[1])), np.int32)
+        places_BN = np.zeros_like(targets_BN)
+        for row, index in enumerate(group):
+            wanted, end = targets[index], len(inputs[index])
+            targets_BN[row, : len(wanted)] = wanted
+            places_BN[row, : len(wanted)] = range(end - len(wanted), end)
+        nll, hits = jax.device_get(
+            _score_places(model, loaded.params, tokens, targets_BN, places_BN, ctx)
+        )
+        for row, index in enumerate(group):
+            n = len(targets[index])
+            total = -float(nll[row, :n].sum(dtype=np.float64))
+            found[index] = Likelihood(total, bool(hits[row, :n].all()))
+        if on_batch is not None:
+            on_batch(len(group))
+    return found
+
+
+def check_causal(model: Any) -> None:
+    """Refuses a model that predicts no next token."""
+    if not model.causal:
+        raise ValueError(
+            "a bidirectional model gives no likelihood to a text: score with a causal one"
+        )
 
 
 def embed(
@@ -146,7 +288,12 @@ def rows_at(rows: Rows, group: Sequence[int]) -> Rows:
 
 
 def predict(
-    model: Any, params: Any, tokens_BT: Array, targets_BT: Array, ctx: Context
+    model: Any,
+    params: Any,
+    tokens_BT: Array,
+    targets_BT: Array,
+    ctx: Context,
+    places_BT: Array | None = None,
 ) -> tuple[Array, Array]:
     """Reads tokens and returns what the model says of the targets, without all logits at once.
 
@@ -155,11 +302,15 @@ def predict(
       tokens_BT: int32 inputs.
       targets_BT: int32, what is to be predicted at each place.
       ctx: the rest of the call.
+      places_BT: int32, where the targets are predicted, of their shape, which then may be narrower
+        than that of the tokens; None is at every token.
 
     Returns:
       (B, T) fp32 -ln p(target), and (B, T) booleans: whether the target is the likeliest token.
     """
     x_BTD, _ = model.apply({"params": params}, tokens_BT, ctx, method="hidden")
+    if places_BT is not None:
+        x_BTD = jnp.take_along_axis(x_BTD, places_BT[..., None], axis=1)
     B, T, _ = x_BTD.shape
 
     def of_chunk(chunk):
@@ -186,6 +337,13 @@ def predict(
 @partial(jax.jit, static_argnames="model")
 def _score_rows(model, params, tokens_BT: Array, ctx: Context) -> Array:
     return predict(model, params, tokens_BT, jnp.roll(tokens_BT, -1, axis=1), ctx)[0]
+
+
+@partial(jax.jit, static_argnames="model")
+def _score_places(
+    model, params, tokens_BT: Array, targets_BN: Array, places_BN: Array, ctx: Context
+) -> tuple[Array, Array]:
+    return predict(model, params, tokens_BT, targets_BN, ctx, places_BN)
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))

@@ -23,13 +23,18 @@ def tiny(name: str):
     """Returns the tiny model of a family with every parameter random, norms and biases too."""
     family = FAMILIES[name]
     model = family.build(**family.tiny)
+    return model, random_params(model)
+
+
+def random_params(model):
+    """Returns parameters of a model, every one of them random."""
     key = jax.random.key(1)
 
     def perturb(path, leaf):
         noise = jax.random.normal(jax.random.fold_in(key, hash_of(path)), leaf.shape)
         return leaf + 0.1 * noise
 
-    return model, jax.jit(lambda: map_with_path(perturb, P.init(model, jax.random.key(0))))()
+    return jax.jit(lambda: map_with_path(perturb, P.init(model, jax.random.key(0))))()
 
 
 def hash_of(path: str) -> int:
