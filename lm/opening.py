@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,20 @@ from lm.data.tokenizer import load_tokenizer
 from lm.interop import gguf, hf, named
 from lm.interop.directory import refuse_existing, whole_directory
 from lm.interop.loaded import Loaded
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models import params as P
+from lm.ops.quantize import KINDS
 from lm.train.checkpoint import Checkpoints, load_params
 from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
-from lm.train.state import TrainState
+from lm.train.state import TrainState, frozen_kernels
+from lm.train.trainable import table_of
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+Echo = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
 
 
 def load(
@@ -75,11 +83,17 @@ def load(
     return loaded
 
 
-def load_merged(source: str | Path) -> Loaded:
-    """Opens a model as `load` does, with an adapter merged into the kernels that it adapts."""
+def load_merged(source: str | Path, echo: Echo = silent) -> Loaded:
+    """Opens a model as `load` does, with an adapter merged into the kernels that it adapts.
+
+    Quantized kernels are dequantized, which `echo` is told.
+    """
     loaded = load(source)
+    if quantized.stored(flatten(loaded.params)):
+        echo("quantized kernels are written dequantized, in fp32")
     if adapters.adapted(flatten(loaded.params)):
         loaded.params = adapters.merge(loaded.params)
+    loaded.params = quantized.dequantize(loaded.model, loaded.params)
     return loaded
 
 
@@ -89,21 +103,27 @@ def load_run(path: Path, step: int | None, checkpoint_dir: str | Path | None) ->
     try:
         experiment = json.loads(config.read_text())["experiment"]
         model, lora = from_json(experiment["model"]), from_json(experiment.get("adapter"))
+        kind = experiment.get("train", {}).get("frozen_dtype")
+        table = table_of(from_json(experiment["trainable"]), lora) if kind in KINDS else ()
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{config} is not the config of a run: {error}") from error
     shapes = P.abstract(model) if lora is None else adapters.abstract(model, lora)
+    if kind in KINDS:
+        frozen = frozen_kernels(model, table, shapes)
+        shapes = quantized.abstract(model, shapes, kind, frozen)
     params, _ = load_params(checkpoint_dir or path / "checkpoints", shapes, step)
     return Loaded(model, params, load_tokenizer(path))
 
 
-def import_model(source: str | Path, run: str | Path) -> Path:
+def import_model(source: str | Path, run: str | Path, echo: Echo = silent) -> Path:
     """Writes a model as a run directory, whole or not at all, which all commands open.
 
-    An adapter is merged into the kernels that it adapts.
+    An adapter is merged into the kernels that it adapts; quantized kernels are dequantized.
 
     Args:
       source: anything that `load` opens.
       run: the directory to write.
+      echo: prints a line.
 
     Returns:
       `run`.
@@ -113,7 +133,7 @@ def import_model(source: str | Path, run: str | Path) -> Path:
     """
     run = Path(run).expanduser()
     refuse_existing(run)
-    loaded = load_merged(source)
+    loaded = load_merged(source, echo)
     config = {
         "experiment": {"model": to_json(loaded.model)},
         "data": "",
@@ -129,12 +149,15 @@ def import_model(source: str | Path, run: str | Path) -> Path:
     return run
 
 
-def export_model(source: str | Path, directory: str | Path) -> Path:
+def export_model(source: str | Path, directory: str | Path, echo: Echo = silent) -> Path:
     """Writes a model as a Hugging Face directory, whole or not at all, an adapter merged into it.
+
+    Quantized kernels are written dequantized, in fp32.
 
     Args:
       source: anything that `load` opens.
       directory: what to write.
+      echo: prints a line.
 
     Returns:
       `directory`.
@@ -142,7 +165,7 @@ def export_model(source: str | Path, directory: str | Path) -> Path:
     Raises:
       ValueError: if `directory` exists, there is no model, or no Hugging Face class computes it.
     """
-    return hf.save_directory(load_merged(source), Path(directory).expanduser())
+    return hf.save_directory(load_merged(source, echo), Path(directory).expanduser())
 
 
 def initial_params(source: str | Path, model: Any) -> Any:
@@ -172,11 +195,15 @@ def download(name: str) -> Path:
 
 
 def place(model: Any, params: Any, dtype: str, mesh: Any) -> Any:
-    """Returns parameters in a dtype on the devices of a mesh (or on the default device)."""
-    axes = None if mesh is None else flatten(P.logical_axes(model))
+    """Returns parameters in a dtype on the devices of a mesh (or on the default device).
+
+    Codes and scales of quantized kernels keep theirs, and give kernels of the compute dtype.
+    """
+    axes = None if mesh is None else quantized.logical_axes(model)
 
     def put(path: str, leaf: Any) -> jax.Array:
-        leaf = leaf.astype(jnp.dtype(dtype))
+        if not quantized.is_quantized(path):
+            leaf = leaf.astype(jnp.dtype(dtype))
         if axes is None:
             return jnp.asarray(leaf)
         if path not in axes:

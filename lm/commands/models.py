@@ -20,7 +20,9 @@ def import_model(source: Positional[str], run: Positional[str]) -> None:
       source: a Hugging Face directory, a .gguf file, package:NAME, a hub id, or another run.
       run: the directory to write; it must not exist.
     """
-    print(f"everything is in {write_run(source, run)}; next: lm generate {run} --prompt '...'")
+    print(
+        f"everything is in {write_run(source, run, print)}; next: lm generate {run} --prompt '...'"
+    )
 
 
 def export_model(model: Positional[str], directory: Positional[str]) -> None:
@@ -30,7 +32,7 @@ def export_model(model: Positional[str], directory: Positional[str]) -> None:
       model: a run directory, a .gguf file, package:NAME, or another that `lm.load` opens.
       directory: what to write; it must not exist.
     """
-    print(f"everything is in {write_directory(model, directory)}")
+    print(f"everything is in {write_directory(model, directory, print)}")
 
 
 def list_models(name: Positional[str] = "", preset: str = "") -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from lm.core.paths import flatten, unflatten
 from lm.interop.directory import read_json, whole_directory, write_json
 from lm.interop.loaded import Loaded
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models.foreign import Linear, Weight
 from lm.models.zoo import family_of
 
@@ -84,13 +84,14 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
     path = Path(path)
     family = family_of(loaded.model)
     config = family.write_config(loaded.model)
-    flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(loaded.params).items()}
+    params = quantized.dequantize(loaded.model, loaded.params)
+    flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
     paths = adapters.single(flat)
     dora = {"m" in adapters.beside(flat, path) for path in paths}
     if len(dora) > 1:
         raise ValueError("some kernels have lora_m and others none: a PEFT adapter has all or none")
     table = family.weights(loaded.model)
-    modules = list(modules_of(table, loaded))
+    modules = list(modules_of(table, loaded.model, flat))
     reachable = {ours for module in modules for ours in module.row.paths}
     if lost := sorted(set(paths) - reachable):
         raise ValueError(f"the adapter beside {lost[0]} has no place in a {config['model_type']}")
@@ -143,8 +144,8 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
     config = read_json(path / CONFIG)
     check_config(config)
     tensors = _read_tensors(path / TENSORS)
-    flat = dict(flatten(loaded.params))
-    modules = list(modules_of(family_of(loaded.model).weights(loaded.model), loaded))
+    flat = flatten(quantized.dequantize(loaded.model, loaded.params))
+    modules = list(modules_of(family_of(loaded.model).weights(loaded.model), loaded.model, flat))
     found = collections.defaultdict(dict)
     for module in modules:
         shapes = [flat[ours].shape[module.repeat is not None :] for ours in module.row.paths]
@@ -157,9 +158,10 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
         raise ValueError(f"{path / TENSORS} has tensors that nothing in this base maps: {names}")
     if not found:
         raise ValueError(f"{path / TENSORS} holds no adapter")
+    new = dict(flatten(loaded.params))
     for ours, repeats in found.items():
-        flat.update(adapters.leaves_beside(ours, _stack(repeats, flat[ours])))
-    return dataclasses.replace(loaded, params=unflatten(flat))
+        new.update(adapters.leaves_beside(ours, _stack(repeats, flat[ours])))
+    return dataclasses.replace(loaded, params=unflatten(new))
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -180,10 +182,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{CONFIG} has {key} = {value!r}, which is not implemented")
 
 
-def modules_of(table: Sequence[Weight], loaded: Loaded) -> Iterator[Module]:
+def modules_of(table: Sequence[Weight], model: Any, flat: Mapping[str, Any]) -> Iterator[Module]:
     """Yields their linear modules whose matrices are kernels of projections of ours."""
-    kernels = adapters.kernels(loaded.model)
-    flat = flatten(loaded.params)
+    kernels = adapters.kernels(model)
     for row in table:
         if isinstance(row.layout, Linear) and all(path in kernels for path in row.paths):
             stacked = "{}" in row.theirs

@@ -13,10 +13,11 @@ import flax.linen as nn
 from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
 from lm.models.adapters import LoRA
+from lm.ops.quantize import KINDS
 from lm.train.objectives import Generative, Objective
 from lm.train.optimizer import Optimizer
 from lm.train.state import Recipe
-from lm.train.trainable import ADAPTER, FULL, Table
+from lm.train.trainable import Table, table_of
 
 GENERATIVE = Generative()
 ALL_DATA = MeshShape()
@@ -68,7 +69,9 @@ class TrainConfig:
       patience: validations in a row without a better loss after which to stop; 0 for never.
       dtype: compute dtype, 'float32' or 'bfloat16'.
       remat: what the backward pass computes again, 'none', 'dots' or 'full'.
-      frozen_dtype: dtype that parameters which do not train are stored in.
+      frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
+        what kernels of projections that do not train are quantized as, 'int8', 'int4' or 'nf4'
+        (QLoRA; Dettmers et al., 2023).
       seed: of parameters, order of data, dropout.
       parallel: 'jit' on a mesh, or 'pmap' over local devices.
     """
@@ -95,7 +98,7 @@ class TrainConfig:
         allowed = {
             "dtype": ("float32", "bfloat16"),
             "remat": ("none", "dots", "full"),
-            "frozen_dtype": ("float32", "bfloat16"),
+            "frozen_dtype": ("float32", "bfloat16", *KINDS),
             "parallel": ("jit", "pmap"),
         }
         for name, values in allowed.items():
@@ -139,7 +142,7 @@ class Experiment:
             self.model,
             self.objective,
             self.optimizer,
-            self.trainable or (FULL if self.adapter is None else ADAPTER),
+            table_of(self.trainable, self.adapter),
             self.train.micro_batches,
             self.train.dtype,
             self.train.remat,

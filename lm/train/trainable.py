@@ -7,6 +7,7 @@ from typing import Any
 import optax
 
 from lm.core.paths import flatten, matches
+from lm.models.quantized import kernel_path
 from lm.train.optimizer import Axes, Optimizer, Rate, by_path
 from lm.train.schedule import Schedule
 
@@ -39,8 +40,15 @@ FULL: Table = (Group("*"),)
 ADAPTER: Table = (Group("*/lora_[abm]"), Group("*", trains=False))
 
 
+def table_of(trainable: Table | None, adapter: Any) -> Table:
+    """Returns what trains: the table if there is one, else the adapter, else everything."""
+    return trainable or (FULL if adapter is None else ADAPTER)
+
+
 def assign(table: Table, params: Mapping[str, Any]) -> dict[str, int]:
     """Returns path -> number of the group that it belongs to.
+
+    The codes and scales of a quantized kernel belong to the group of the kernel.
 
     Args:
       table: the groups, in order.
@@ -52,7 +60,7 @@ def assign(table: Table, params: Mapping[str, Any]) -> dict[str, int]:
     found = {}
     for path in flatten(params):
         for index, group in enumerate(table):
-            if matches(path, group.pattern):
+            if matches(kernel_path(path), group.pattern):
                 found[path] = index
                 break
         else:

@@ -1,0 +1,233 @@
+"""Training an adapter beside a quantized base: what changes, what does not, and what it costs."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from lm.core.mesh import MeshShape, make_mesh
+from lm.core.paths import flatten
+from lm.data.tokenizer import teeny_gpt_tokenizer
+from lm.models import adapters, quantized
+from lm.models import params as P
+from lm.models.adapters import LoRA
+from lm.models.families.llama import llama
+from lm.models.kernels import kernels
+from lm.opening import export_model, import_model, load
+from lm.ops.quantize import KINDS
+from lm.train.loop import train
+from lm.train.objectives import Generative
+from lm.train.optimizer import AdamW
+from lm.train.plan import make_plan, num_bytes
+from lm.train.schedule import Constant
+from lm.train.state import Recipe, abstract_state, init_state, new_state
+from lm.train.step import evaluate_batch, gradients, jit_step, train_step
+from lm.train.trainable import ADAPTER, FULL, Group
+from tests.train.toy import make_batch, tiny_model, toy_experiment
+
+EVERY = LoRA(4, targets=("*/kernel",))
+RECIPE = Recipe(
+    tiny_model(),
+    Generative(),
+    AdamW(Constant(1e-2), weight_decay=0.1),
+    ADAPTER,
+    adapter=EVERY,
+    frozen_dtype="nf4",
+)
+QUIET = {"echo": lambda line: None, "progress": False}
+step = jax.jit(train_step, static_argnums=0)
+gradient = jax.jit(gradients, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def start(recipe):
+    key = jax.random.PRNGKey(1)
+    return new_state(recipe, recipe.prepare(P.init(recipe.model, key), key), key)
+
+
+def deep(**changes):
+    """Deep and wide enough for the kernels to outweigh all else."""
+    sizes = dict(vocab_size=16, max_length=16, num_features=64, num_heads=4, num_layers=16)
+    return llama(**sizes | {"mlp_features": 256} | changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_stays_bit_for_bit(kind):
+    """100 steps of AdamW with decay move A and B alone; the optimizer knows of nothing else."""
+    recipe = replace(RECIPE, frozen_dtype=kind)
+    before = start(recipe)
+    factors = {path for path in flatten(before.params) if path.endswith(("lora_a", "lora_b"))}
+    held = [leaf for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in held) == 2 * P.count(
+        {path: flatten(before.params)[path] for path in factors}
+    )
+    state = before
+    for index in range(100):
+        state, _ = step(recipe, state, make_batch(index, 4))
+    for path, leaf in flatten(state.params).items():
+        old = np.asarray(flatten(before.params)[path])
+        assert (np.asarray(leaf).tobytes() == old.tobytes()) == (path not in factors), path
+    losses = [evaluate_batch(recipe, s.params, make_batch(99, 8))["loss"] for s in (before, state)]
+    first, last = (float(total / weight) for total, weight in losses)
+    assert last < first - 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changes", [{}, {"remat": "full"}], ids=["kept", "remat"])
+def test_gradients_are_those_beside_the_dequantized_base(kind, changes):
+    recipe = replace(RECIPE, frozen_dtype=kind, **changes)
+    state = start(recipe)
+    params = state.params
+    for index in range(3):  # Until B is no longer zero, and A has a gradient.
+        params = step(recipe, state.replace(params=params), make_batch(index, 4))[0].params
+    grads, _ = gradient(recipe, params, make_batch(5, 4), state.rng)
+    plain = quantized.dequantize(recipe.model, params)
+    theirs, _ = gradient(recipe, plain, make_batch(5, 4), state.rng)
+    assert {path.rpartition("/")[2] for path in flatten(grads)} == {"lora_a", "lora_b"}
+    for path, leaf in flatten(grads).items():
+        assert np.abs(leaf).max() > 0
+        np.testing.assert_allclose(leaf, flatten(theirs)[path], atol=1e-5, err_msg=path)
+
+
+def compiled(recipe, batch):
+    return step.lower(recipe, abstract_state(recipe), batch).compile()
+
+
+def test_less_work_and_memory_than_full_training():
+    """4 operations for a frozen weight where full training has 6; half a byte where it has 12."""
+    model = tiny_model(num_features=128, mlp_multiplier=4)
+    lora = LoRA(1, targets=("*/q/kernel",))
+    found = {}
+    for name, table, adapter, kind in (
+        ("full", FULL, None, "float32"),
+        ("lora", ADAPTER, lora, "float32"),
+        ("qlora", ADAPTER, lora, "nf4"),
+    ):
+        recipe = replace(RECIPE, model=model, trainable=table, adapter=adapter, frozen_dtype=kind)
+        flops = compiled(recipe, make_batch(0, 16)).cost_analysis()["flops"]
+        state = abstract_state(recipe)
+        found[name] = flops, num_bytes(state.params) + num_bytes(state.opt_state)
+        plan = make_plan(recipe, state, (16, 12), None, {})
+        assert plan.num_frozen + plan.num_trained == P.count(model) + (name != "full") * P.count(
+            adapters.split(state.params)[1]
+        )
+    assert found["qlora"][0] <= 0.75 * found["full"][0]
+    # Kernels are 4 + 8 bytes a weight there, and 1/2 and 4/64 here.
+    weights = sum(flatten(P.abstract(model))[path].size for path in kernels(model))
+    saved = found["full"][1] - found["qlora"][1]
+    assert saved >= (12 - 0.5 - 4 / 64) * weights - 12 * P.count(state.opt_state)
+    assert found["qlora"][1] < found["lora"][1] / 3 < found["full"][1] / 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"remat": "full"},
+        {"dtype": "bfloat16"},
+        {"adapter": LoRA(1, targets=("*/q/kernel",), dora=True)},
+    ],
+    ids=["kept", "remat", "bfloat16", "dora"],
+)
+def test_the_backward_pass_dequantizes_again(changes, monkeypatch):
+    """A scanned stack holds the dequantized kernels of few layers at once, and not of all 64."""
+    monkeypatch.setattr("lm.models.stack.MAX_UNROLL_ON_CPU", 0)
+    model = deep(num_layers=64)
+    lora = LoRA(1, targets=("*/q/kernel",))
+    recipe = replace(RECIPE, model=model, adapter=lora, **changes)
+    low = compiled(recipe, make_batch(0, 2)).memory_analysis().temp_size_in_bytes
+    plain = replace(recipe, frozen_dtype="float32")
+    high = compiled(plain, make_batch(0, 2)).memory_analysis().temp_size_in_bytes
+    weights = sum(flatten(P.abstract(model))[path].size for path in kernels(model))
+    layer = 4 * weights / 64
+    assert low - high < 4 * layer, (low, high, layer)
+
+
+def test_on_a_mesh():
+    """Codes lie divided as their kernels; eight devices give one device's numbers."""
+    recipe = replace(RECIPE, model=tiny_model(vocab_size=12))
+    batch = make_batch(0, 8)
+    found = []
+    for mesh in (make_mesh(MeshShape(), jax.devices()[:1]), make_mesh(MeshShape(2, 2, 2))):
+        state = init_state(recipe, 0, mesh)
+        codes = {p: leaf for p, leaf in flatten(state.params).items() if p.endswith("_nf4")}
+        state, metrics = jit_step(recipe, mesh, state)(state, batch)
+        found.append((jax.device_get(state.params), float(metrics["loss"][0])))
+    for path, leaf in codes.items():
+        own = leaf.sharding.shard_shape(leaf.shape)
+        assert np.prod(own) == leaf.size / 4, path  # Over fsdp and tensor, two devices each.
+    (one, one_loss), (eight, eight_loss) = found
+    assert abs(one_loss - eight_loss) <= 1e-4
+    for path, leaf in flatten(one).items():
+        if not path.endswith("lora_a"):  # Its gradient is zero at first, B being zero.
+            np.testing.assert_allclose(flatten(eight)[path], leaf, atol=1e-4, err_msg=path)
+
+
+def test_a_run_that_goes_on(tmp_path):
+    """Stopped and gone on, it ends in the same bytes; it opens, merges and exports."""
+    experiment = replace(toy_experiment(steps=6, frozen_dtype="nf4"), adapter=LoRA(2))
+    experiment = replace(experiment, model=tiny_model())
+    train(experiment, tmp_path / "whole", **QUIET)
+    short = replace(experiment, train=replace(experiment.train, checkpoint_every=3))
+    train(short, tmp_path / "parts", **QUIET)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")
+    train(short, tmp_path / "parts", **QUIET)
+    for folder in ("whole", "parts"):
+        teeny_gpt_tokenizer().save(tmp_path / folder)
+    whole, parts = (load(tmp_path / folder, step=6) for folder in ("whole", "parts"))
+    assert {path.rpartition("_")[2] for path in flatten(whole.params) if "kernel" in path} == {
+        "nf4",
+        "scales",
+    }
+    for path, leaf in flatten(whole.params).items():
+        there = np.asarray(flatten(parts.params)[path])
+        assert np.asarray(leaf).tobytes() == there.tobytes(), path
+    low = load(tmp_path / "whole", step=6, dtype="bfloat16", mesh=make_mesh())
+    dtypes = {
+        path.rpartition("_")[2]: leaf.dtype.name for path, leaf in flatten(low.params).items()
+    }
+    assert dtypes["nf4"] == "uint8" and dtypes["scales"] == "float32" and dtypes["a"] == "bfloat16"
+    merged = load(import_model(tmp_path / "whole", tmp_path / "merged"))
+    assert flatten(merged.params).keys() == flatten(P.abstract(experiment.model)).keys()
+    rows = [[3, 4, 5, 6, 7]]
+    np.testing.assert_allclose(
+        merged.logits(rows), load(tmp_path / "whole").logits(rows), atol=1e-5
+    )
+
+
+def test_exported_dequantized(tmp_path):
+    model = llama(11, num_features=32, num_heads=4, num_layers=2, mlp_features=48, max_length=16)
+    experiment = replace(toy_experiment(steps=2, frozen_dtype="int4"), adapter=LoRA(2))
+    experiment = replace(experiment, model=model)
+    train(experiment, tmp_path / "run", **QUIET)
+    said = []
+    there = load(export_model(tmp_path / "run", tmp_path / "out", said.append))
+    assert said == ["quantized kernels are written dequantized, in fp32"]
+    rows = [[3, 4, 5, 6, 7]]
+    np.testing.assert_allclose(there.logits(rows), load(tmp_path / "run").logits(rows), atol=1e-5)
+
+
+def test_refusals(tmp_path):
+    full = replace(toy_experiment(), train=replace(toy_experiment().train, frozen_dtype="nf4"))
+    with pytest.raises(ValueError, match="frozen_dtype nf4 is for kernels that do not train"):
+        train(full, tmp_path / "run", **QUIET)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="frozen_dtype is one of float32, bfloat16, int8, int4"):
+        replace(toy_experiment().train, frozen_dtype="int2")
+    model = RECIPE.model
+    low = quantized.quantize(model, P.init(model, jax.random.key(0)), "int8")
+    with pytest.raises(ValueError, match="quantized, and codes of codes"):
+        RECIPE.prepare(low, jax.random.key(0))
+
+
+def test_a_table_decides_by_the_path_of_the_kernel():
+    """Kernels that a table freezes are quantized, the others train as they are."""
+    table = (Group("*/mlp/*/kernel", trains=False), Group("embed/*", trains=False), Group("*"))
+    recipe = replace(RECIPE, adapter=None, trainable=table)
+    trained, frozen = recipe.split(start(recipe).params)
+    low = {path for path in flatten(frozen) if "kernel" in path}
+    assert low and all("/mlp/" in path and path.endswith(("nf4", "scales")) for path in low)
+    assert any(path.endswith("/q/kernel") for path in flatten(trained))
