@@ -79,6 +79,8 @@ class Recipe:
             adapter_dropout=0.0 if self.adapter is None else self.adapter.dropout,
             dtype=self.dtype,
             remat=self.remat,
+            # Unrolled, XLA's CPU backend holds the dequantized kernels of many layers at once.
+            unroll=1 if self.frozen_dtype in KINDS else None,
         )
 
     def over(self, num_steps: int) -> "Recipe":

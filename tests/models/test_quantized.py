@@ -1,5 +1,7 @@
 """Quantized kernels as leaves: put in place of kernels, used, merged; without a model changing."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,21 +12,21 @@ from lm.core.paths import flatten
 from lm.models import adapters, quantized
 from lm.models.families.llama import llama
 from lm.models.kernels import kernels
+from lm.models.zoo import all_families
 from lm.ops.quantize import KINDS
 from tests.conformance.harness import forward, random_tokens, tiny
 from tests.models.test_adapters import LORAS, adapted, logits, randomized
 
 quantize = jax.jit(quantized.quantize, static_argnums=(0, 2, 3))
 dequantize = jax.jit(quantized.dequantize, static_argnums=0)
-FAST = {"llama", "mamba"}
+FAST = {("llama", "int8"), ("llama", "nf4"), ("mamba", "int4")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name",
+    "name, kind",
     [
-        pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
-        for name in ("bert", "gpt2", "llama", "mamba", "t5", "teeny_gpt", "vanilla")
+        pytest.param(*each, marks=[] if each in FAST else pytest.mark.slow)
+        for each in itertools.product(all_families(), KINDS)
     ],
 )
 def test_equals_its_dequantized_kernels(name, kind):
@@ -63,16 +65,18 @@ def test_bytes_and_axes(kind):
             assert scales.size == size // 64
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rounded_once(dtype):
-    """In the compute dtype, the kernels are those of the dequantized base, bit for bit."""
+def test_rounded_once():
+    """In bfloat16, the kernels are those of the dequantized base, bit for bit."""
     model, params = tiny("llama")
     low = quantize(model, params, "nf4")
-    ours = logits(model, low, dtype=dtype)
-    np.testing.assert_array_equal(ours, logits(model, dequantize(model, low), dtype=dtype))
+    ours = logits(model, low, dtype="bfloat16")
+    np.testing.assert_array_equal(ours, logits(model, dequantize(model, low), dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize(
+    "lora",
+    [pytest.param(n, marks=[] if n in ("lora", "dora") else pytest.mark.slow) for n in LORAS],
+)
 def test_an_adapter_beside_quantized_kernels(lora):
     """It starts from the quantized base exactly, and equals its merged form."""
     model, params = tiny("llama")
