@@ -19,7 +19,7 @@ from tests.models.test_adapters import LORAS, adapted, logits, randomized
 
 quantize = jax.jit(quantized.quantize, static_argnums=(0, 2, 3))
 dequantize = jax.jit(quantized.dequantize, static_argnums=0)
-FAST = {("llama", "int8"), ("llama", "nf4"), ("mamba", "int4")}
+FAST = {("llama", "int8"), ("llama", "nf4"), ("llama", "int4")}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def test_merging_leaves_other_kernels_quantized():
         assert (f"{path}_int4" in merged) == (not path.endswith("/q/kernel"))
 
 
+@pytest.mark.slow
 def test_several_adapters_beside_one_quantized_base():
     model, params = tiny("llama")
     low = quantize(model, params, "nf4")

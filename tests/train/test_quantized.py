@@ -11,6 +11,7 @@ import pytest
 from lm.core.mesh import MeshShape, make_mesh
 from lm.core.paths import flatten
 from lm.data.tokenizer import teeny_gpt_tokenizer
+from lm.interop.hf import save_directory
 from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.adapters import LoRA
@@ -76,7 +77,7 @@ def test_the_base_stays_bit_for_bit(kind):
 
 @pytest.mark.parametrize(
     "kind, remat",
-    [("nf4", "none"), ("int8", "full"), slow("int4", "dots"), slow("nf4", "full")],
+    [("nf4", "none"), slow("int8", "full"), slow("int4", "dots"), slow("nf4", "full")],
 )
 def test_gradients_are_those_beside_the_dequantized_base(kind, remat):
     recipe = replace(RECIPE, frozen_dtype=kind, remat=remat)
@@ -142,6 +143,7 @@ def test_the_backward_pass_dequantizes_again(changes):
     assert temporary < 4 * weights / 4, temporary / (4 * weights)
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     """Codes lie divided as their kernels; eight devices give one device's numbers."""
     recipe = replace(RECIPE, model=tiny_model(vocab_size=12))
@@ -162,48 +164,39 @@ def test_on_a_mesh():
             np.testing.assert_allclose(flatten(eight)[path], leaf, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on(tmp_path):
     """Stopped and gone on, it ends in the same bytes; it opens, merges and exports."""
-    experiment = replace(toy_experiment(steps=6, frozen_dtype="nf4"), adapter=LoRA(2))
-    experiment = replace(experiment, model=tiny_model())
-    train(experiment, tmp_path / "whole", **QUIET)
-    short = replace(experiment, train=replace(experiment.train, checkpoint_every=3))
-    train(short, tmp_path / "parts", **QUIET)
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")
-    train(short, tmp_path / "parts", **QUIET)
-    for folder in ("whole", "parts"):
-        teeny_gpt_tokenizer().save(tmp_path / folder)
-    whole, parts = (load(tmp_path / folder, step=6) for folder in ("whole", "parts"))
-    assert {path.rpartition("_")[2] for path in flatten(whole.params) if "kernel" in path} == {
-        "nf4",
-        "scales",
-    }
+    model = llama(29, num_features=32, num_heads=4, num_layers=2, mlp_features=48, max_length=16)
+    run, rows = tmp_path / "run", [[3, 4, 5, 6, 7]]
+    experiment = toy_experiment(steps=4, checkpoint_every=2, eval_every=0, frozen_dtype="nf4")
+    experiment = replace(experiment, model=model, adapter=LoRA(2))
+    train(experiment, run, **QUIET)
+    teeny_gpt_tokenizer().save(run)
+    whole = load(run, step=4)
+    for path in kernels(model):
+        assert flatten(whole.params)[f"{path}_nf4"].dtype == np.uint8
+    shutil.rmtree(run / "checkpoints" / "4")
+    train(experiment, run, **QUIET)
+    again = flatten(load(run, step=4).params)
     for path, leaf in flatten(whole.params).items():
-        there = np.asarray(flatten(parts.params)[path])
-        assert np.asarray(leaf).tobytes() == there.tobytes(), path
-    low = load(tmp_path / "whole", step=6, dtype="bfloat16", mesh=make_mesh())
-    dtypes = {
-        path.rpartition("_")[2]: leaf.dtype.name for path, leaf in flatten(low.params).items()
-    }
+        assert np.asarray(leaf).tobytes() == np.asarray(again[path]).tobytes(), path
+
+    low = load(run, step=4, dtype="bfloat16", mesh=make_mesh())
+    leaves = flatten(low.params).items()
+    dtypes = {path.rpartition("_")[2]: leaf.dtype.name for path, leaf in leaves}
     assert dtypes["nf4"] == "uint8" and dtypes["scales"] == "float32" and dtypes["a"] == "bfloat16"
-    merged = load(import_model(tmp_path / "whole", tmp_path / "merged"))
-    assert flatten(merged.params).keys() == flatten(P.abstract(experiment.model)).keys()
-    rows = [[3, 4, 5, 6, 7]]
-    np.testing.assert_allclose(
-        merged.logits(rows), load(tmp_path / "whole").logits(rows), atol=1e-5
-    )
-
-
-def test_exported_dequantized(tmp_path):
-    model = llama(11, num_features=32, num_heads=4, num_layers=2, mlp_features=48, max_length=16)
-    experiment = replace(toy_experiment(steps=2, frozen_dtype="int4"), adapter=LoRA(2))
-    experiment = replace(experiment, model=model)
-    train(experiment, tmp_path / "run", **QUIET)
     said = []
-    there = load(export_model(tmp_path / "run", tmp_path / "out", said.append))
-    assert said == ["quantized kernels are written dequantized, in fp32"]
-    rows = [[3, 4, 5, 6, 7]]
-    np.testing.assert_allclose(there.logits(rows), load(tmp_path / "run").logits(rows), atol=1e-5)
+    for written in (
+        import_model(run, tmp_path / "merged", said.append),
+        export_model(run, tmp_path / "out", said.append),
+    ):
+        there = load(written)
+        assert flatten(there.params).keys() == flatten(P.abstract(model)).keys()
+        np.testing.assert_allclose(there.logits(rows), whole.logits(rows), atol=1e-5)
+    assert said == ["quantized kernels are written dequantized, in fp32"] * 2
+    with pytest.raises(ValueError, match="hold quantized kernels, for which this format has no"):
+        save_directory(whole, tmp_path / "other")
 
 
 def test_refusals(tmp_path):
