@@ -17,7 +17,7 @@ from lm.core.paths import merge as join
 from lm.interop.hf import save_directory
 from lm.interop.loaded import Loaded
 from lm.interop.peft import load_adapter, save_adapter
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.adapters import LoRA
 from lm.models.zoo import get_family
@@ -126,6 +126,22 @@ CONFIGS = {
         "gpt2", dict(r=3, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def test_beside_a_quantized_base(kind, tmp_path):
+    """What is written beside codes is read beside codes, and peft's logits are ours."""
+    _, loaded = base("llama")
+    low = quantized.quantize(loaded.model, loaded.params, "nf4")
+    plain = Loaded(loaded.model, quantized.dequantize(loaded.model, low), None)
+    changed = Loaded(loaded.model, adapted(loaded.model, low, LORAS[kind]), None)
+    save_adapter(changed, save_directory(plain, tmp_path / "base").parent / "adapter")
+    back = load_adapter(Loaded(loaded.model, low, None), tmp_path / "adapter")
+    assert flatten(back.params).keys() == flatten(changed.params).keys()
+    there = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    there = peft.PeftModel.from_pretrained(there, tmp_path / "adapter").eval()
+    for ours in (changed, back):
+        assert_same_logits(ours, there)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
