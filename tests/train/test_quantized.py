@@ -132,8 +132,10 @@ def test_less_work_and_memory_than_full_training():
         {"adapter": LoRA(1, targets=("*/q/kernel",), dora=True), "remat": "full"},
         slow({"dtype": "bfloat16"}),
         slow({"remat": "dots"}),
+        slow({"frozen_dtype": "int4"}),
+        slow({"frozen_dtype": "int8"}),
     ],
-    ids=["plain", "dora and remat", "bfloat16", "dots"],
+    ids=["plain", "dora and remat", "bfloat16", "dots", "int4", "int8"],
 )
 def test_the_backward_pass_dequantizes_again(changes):
     """A step holds the dequantized kernels of few layers at once, and not of all 64."""
