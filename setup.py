@@ -57,6 +57,7 @@ setup(
             "accelerate>=1.0",  # transformers reads GGUF files with it.
             "peft>=0.21",
             "lm-eval>=0.4.13",
+            "qwix>=0.1.8",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",

@@ -16,18 +16,19 @@ from lm.interop.directory import refuse_existing, whole_directory
 from lm.interop.loaded import Loaded
 from lm.models import adapters
 from lm.models import params as P
-from lm.opening import Source, check_frozen, is_run, load
+from lm.opening import Echo, Source, check_frozen, is_run, load_dequantized, silent
 from lm.train.checkpoint import Checkpoints
 from lm.train.run_dir import claim_run_dir, git_commit, installed_versions, read_config
 from lm.train.state import TrainState
 
 
-def import_model(source: Source, run: Source) -> Path:
+def import_model(source: Source, run: Source, echo: Echo = silent) -> Path:
     """Writes a model as a run directory, whole or not at all, which all commands open.
 
     Args:
       source: anything that `load` opens.
       run: the directory to write.
+      echo: prints a line, of what is written otherwise than it was stored.
 
     Returns:
       `run`.
@@ -38,18 +39,19 @@ def import_model(source: Source, run: Source) -> Path:
     """
     run = Path(run).expanduser()
     refuse_existing(run)
-    loaded = load(source)
+    loaded = load_dequantized(source, echo)
     if adapters.adapted(flatten(loaded.params)):
         raise ValueError(f"{source} holds an adapter: `lm merge` writes a run with it merged")
     return write_run(loaded, run, source)
 
 
-def merge_model(source: Source, run: Source) -> Path:
+def merge_model(source: Source, run: Source, echo: Echo = silent) -> Path:
     """Writes a model that holds an adapter as a run with the adapter merged into its kernels.
 
     Args:
       source: anything that `load` opens.
       run: the directory to write, whole or not at all.
+      echo: prints a line, of what is written otherwise than it was stored.
 
     Returns:
       `run`.
@@ -60,7 +62,7 @@ def merge_model(source: Source, run: Source) -> Path:
     """
     run = Path(run).expanduser()
     refuse_existing(run)
-    return write_run(merge.merged(load(source)), run, source)
+    return write_run(merge.merged(load_dequantized(source, echo)), run, source)
 
 
 def average_models(
@@ -97,11 +99,11 @@ def average_models(
         raise ValueError("an average is of two checkpoints or more: name runs, or steps of one run")
     if weights and len(weights) != len(checkpoints):
         raise ValueError(f"there are {len(checkpoints)} checkpoints and {len(weights)} weights")
-    first = load(sources[0], step=checkpoints[0][1])
+    first = load_dequantized(sources[0], step=checkpoints[0][1])
 
     def trees() -> Iterator[Any]:
         for number, (source, step) in enumerate(checkpoints):
-            params = load(source, step=step).params if number else first.params
+            params = load_dequantized(source, step=step).params if number else first.params
             if adapters.adapted(flatten(params)):
                 raise ValueError(f"{source} holds an adapter: merge it first (`lm merge`)")
             if wrong := shape_differences(params, first.params):
@@ -140,6 +142,7 @@ def export_model(
     format: str = "hf",
     *,
     dtype: str = "float32",
+    echo: Echo = silent,
     **options: Any,
 ) -> Path:
     """Writes a model for others to open, whole or not at all.
@@ -151,6 +154,7 @@ def export_model(
         kernels that it adapts; 'peft', the adapter of a run alone; 'stablehlo', programs that jax
         runs without this package.
       dtype: of the weights that are stored, 'float32' or 'bfloat16'.
+      echo: prints a line, of what is written otherwise than it was stored.
       options: more that the format's function takes (`lm.interop.stablehlo.save_directory`).
 
     Returns:
@@ -164,7 +168,8 @@ def export_model(
     refuse_existing(directory)
     if format not in FORMATS:
         raise ValueError(f"a format is one of {', '.join(FORMATS)}, not {format!r}")
-    return FORMATS[format](load(source, dtype=dtype), directory, **options)
+    loaded = load_dequantized(source, echo, dtype=dtype)
+    return FORMATS[format](loaded, directory, **options)
 
 
 def save_adapter(loaded: Loaded, directory: Path) -> Path:

@@ -18,19 +18,24 @@ from lm.data.tokenizer import load_tokenizer
 from lm.interop import gguf, hf, merge, named, peft
 from lm.interop.loaded import Loaded
 from lm.interop.peft_config import base_of, check_base
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.tasks import task_of
+from lm.ops.quantize import KINDS
 from lm.train.checkpoint import load_params
-from lm.train.experiment import default_table
 from lm.train.run_dir import read_config
-from lm.train.state import fresh_params
-from lm.train.trainable import trained_paths
+from lm.train.state import fresh_params, frozen_kernels
+from lm.train.trainable import table_of, trained_paths
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Source = str | Path
+Echo = Callable[[str], None]
 # What a task puts on a body that was pretrained without it.
 HEAD = ("pooler", "classifier")
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
 
 
 def load(
@@ -143,11 +148,8 @@ def check_frozen(path: Path, params: Any) -> None:
     if not adapters.adapted(flatten(params)):
         raise ValueError(f"the run {path} holds no adapter")
     experiment = read_config(path)["experiment"]
-    table = from_json(experiment.get("trainable"))
-    table = table or default_table(
-        from_json(experiment["model"]), from_json(experiment.get("adapter"))
-    )
-    trained = trained_paths(table, params)
+    names = ("trainable", "model", "adapter")
+    trained = trained_paths(table_of(*(from_json(experiment.get(n)) for n in names)), params)
     if others := sorted(name for name in trained if not adapters.is_adapter(name)):
         raise ValueError(
             f"the run {path} trained {others[0]} beside its adapter, so that the adapter alone is "
@@ -155,9 +157,19 @@ def check_frozen(path: Path, params: Any) -> None:
         )
 
 
+def load_dequantized(source: Source, echo: Echo = silent, **options: Any) -> Loaded:
+    """Opens a model as `load` does, with fp32 kernels for quantized ones, which `echo` is told."""
+    loaded = load(source, **options)
+    if not quantized.stored(flatten(loaded.params)):
+        return loaded
+    echo("quantized kernels are written dequantized, in fp32")
+    params = quantized.dequantize(loaded.model, loaded.params)
+    return dataclasses.replace(loaded, params=params)
+
+
 def load_merged(source: Source) -> Loaded:
-    """Opens a model as `load` does, with an adapter merged into the kernels that it adapts."""
-    loaded = load(source)
+    """Opens a model dequantized, with an adapter merged into the kernels that it adapts."""
+    loaded = load_dequantized(source)
     return merge.merged(loaded) if adapters.adapted(flatten(loaded.params)) else loaded
 
 
@@ -168,16 +180,19 @@ def load_run(path: Path, step: int | None, checkpoint_dir: Source | None) -> Loa
         content = json.loads(config.read_text())
         experiment, labels = content["experiment"], tuple(content.get("labels", ()))
         model, lora = from_json(experiment["model"]), from_json(experiment.get("adapter"))
+        kind = experiment.get("train", {}).get("frozen_dtype")
+        table = table_of(from_json(experiment.get("trainable")), model, lora)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{config} is not the config of a run: {error}") from error
     shapes = P.abstract(model) if lora is None else adapters.abstract(model, lora)
+    if kind in KINDS:
+        frozen = frozen_kernels(model, table, shapes)
+        shapes = quantized.abstract(model, shapes, kind, frozen)
     params, _ = load_params(checkpoint_dir or path / "checkpoints", shapes, step)
     return Loaded(model, params, load_tokenizer(path), labels=labels)
 
 
-def initial_params(
-    source: Source, model: Any, seed: int = 0, echo: Callable[[str], None] = print
-) -> Any:
+def initial_params(source: Source, model: Any, seed: int = 0, echo: Echo = print) -> Any:
     """Returns the parameters of a source, on the host, for a model with the same body.
 
     Leaves of the pooler and the classifier that the source lacks are fresh, as a run of this seed
@@ -236,11 +251,15 @@ def download(name: str) -> Path:
 
 
 def place(model: Any, params: Any, dtype: str, mesh: Any) -> Any:
-    """Returns parameters in a dtype on the devices of a mesh (or on the default device)."""
-    axes = None if mesh is None else flatten(P.logical_axes(model))
+    """Returns parameters in a dtype on the devices of a mesh (or on the default device).
+
+    Codes and scales of quantized kernels keep theirs, and give kernels of the compute dtype.
+    """
+    axes = None if mesh is None else quantized.logical_axes(model)
 
     def put(path: str, leaf: Any) -> jax.Array:
-        leaf = leaf.astype(jnp.dtype(dtype))
+        if not quantized.is_quantized(path):
+            leaf = leaf.astype(jnp.dtype(dtype))
         if axes is None:
             return jnp.asarray(leaf)
         if path not in axes:

@@ -20,7 +20,7 @@ def import_model(source: Positional[str], run: Positional[str]) -> None:
       source: a Hugging Face directory, a .gguf file, package:NAME, a hub id, or another run.
       run: the directory to write; it must not exist.
     """
-    path = leaving.import_model(source, run)
+    path = leaving.import_model(source, run, echo=print)
     print(f"everything is in {path}; next: lm generate {path} --prompt '...'")
 
 
@@ -47,7 +47,7 @@ def export_model(
     options = {name: length for name, length in lengths.items() if length is not None}
     if options and format != "stablehlo":
         raise ValueError(f"{' and '.join(options)} are of --format stablehlo, not of {format}")
-    path = leaving.export_model(model, directory, format, dtype=dtype, **options)
+    path = leaving.export_model(model, directory, format, dtype=dtype, echo=print, **options)
     print(f"everything is in {path}")
 
 
@@ -58,7 +58,7 @@ def merge_model(model: Positional[str], run: Positional[str]) -> None:
       model: a run directory.
       run: the directory to write; it must not exist.
     """
-    print(f"everything is in {leaving.merge_model(model, run)}")
+    print(f"everything is in {leaving.merge_model(model, run, echo=print)}")
 
 
 def average_models(

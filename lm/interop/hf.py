@@ -16,7 +16,7 @@ from lm.data.char_library import library_form
 from lm.data.vocab_files import load_directory_tokenizer
 from lm.interop.directory import read_json, refuse_existing, whole_directory, write_json
 from lm.interop.loaded import Loaded
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.foreign import read_weights, write_weights
 from lm.models.tasks import task_of
@@ -61,12 +61,17 @@ def save_directory(loaded: Loaded, path: str | Path) -> Path:
     they are split, with an index.
 
     Raises:
-      ValueError: if no Hugging Face class computes this model, its parameters hold an adapter, or
-        `path` exists.
+      ValueError: if no Hugging Face class computes this model, its parameters hold an adapter
+        or quantized kernels, or `path` exists.
     """
     path = Path(path)
     family = family_of(loaded.model)
     refuse_existing(path)
+    if quantized.stored(flatten(loaded.params)):
+        raise ValueError(
+            "these parameters hold quantized kernels, for which this format has no place: "
+            "dequantize them (lm.models.quantized.dequantize)"
+        )
     if adapters.adapted(flatten(loaded.params)):
         raise ValueError(
             "these parameters hold an adapter, for which this format has no place: choose the "

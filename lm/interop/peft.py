@@ -32,7 +32,7 @@ from lm.interop.peft_config import (
     targets,
     task_of_class,
 )
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models.foreign import Linear, Weight
 from lm.models.zoo import family_of
 
@@ -92,13 +92,14 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
     refuse_existing(path)
     family = family_of(loaded.model)
     config = family.write_config(loaded.model)
-    flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(loaded.params).items()}
+    params = quantized.dequantize(loaded.model, loaded.params)
+    flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
     paths = adapters.single(flat)
     dora = {"m" in adapters.beside(flat, path) for path in paths}
     if len(dora) > 1:
         raise ValueError("some kernels have lora_m and others none: a PEFT adapter has all or none")
     table = family.weights(loaded.model)
-    modules = list(modules_of(table, loaded))
+    modules = list(modules_of(table, loaded.model, flat))
     reachable = {ours for module in modules for ours in module.row.paths}
     if lost := sorted(set(paths) - reachable):
         raise ValueError(f"the adapter beside {lost[0]} has no place in a {config['model_type']}")
@@ -160,8 +161,8 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
     check_config(config)
     tensors, metadata = _read_tensors(path / TENSORS)
     check_base(json.loads(metadata.get(BASE, "{}")), base_of(loaded.model), path)
-    flat = dict(flatten(loaded.params))
-    modules = list(modules_of(family_of(loaded.model).weights(loaded.model), loaded))
+    flat = flatten(quantized.dequantize(loaded.model, loaded.params))
+    modules = list(modules_of(family_of(loaded.model).weights(loaded.model), loaded.model, flat))
     if not any(is_target(module.name, config["target_modules"]) for module in modules):
         raise ValueError(
             f"no module of this base fits target_modules = {config['target_modules']!r} of "
@@ -177,15 +178,15 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
     if tensors:
         names = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path / TENSORS} has tensors that nothing in this base maps: {names}")
+    new = dict(flatten(loaded.params))
     for ours, repeats in found.items():
-        flat.update(adapters.leaves_beside(ours, _stack(repeats, flat[ours])))
-    return dataclasses.replace(loaded, params=unflatten(flat))
+        new.update(adapters.leaves_beside(ours, _stack(repeats, flat[ours])))
+    return dataclasses.replace(loaded, params=unflatten(new))
 
 
-def modules_of(table: Sequence[Weight], loaded: Loaded) -> Iterator[Module]:
+def modules_of(table: Sequence[Weight], model: Any, flat: Mapping[str, Any]) -> Iterator[Module]:
     """Yields their linear modules whose matrices are kernels of projections of ours."""
-    kernels = adapters.kernels(loaded.model)
-    flat = flatten(loaded.params)
+    kernels = adapters.kernels(model)
     for row in table:
         if isinstance(row.layout, Linear) and all(path in kernels for path in row.paths):
             stacked = "{}" in row.theirs

@@ -1,6 +1,8 @@
 """Weight matrices: every product of an activation with a kernel goes through `contract`."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,6 +12,7 @@ from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
 from lm.layers.dropout import Dropout
+from lm.ops.quantize import KINDS, dequantize
 
 Array = jax.Array
 
@@ -55,6 +58,21 @@ def _backward(saved: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
 _low_precision.defvjp(_forward, _backward)
 
 
+@partial(jax.checkpoint, static_argnums=(3, 4))
+def contract_quantized(x: Array, codes: Array, scales: Array, kind: str, num_in: int) -> Array:
+    """Returns `contract` of `x` with a quantized kernel.
+
+    The backward pass dequantizes again what it multiplies by. Otherwise it would keep the whole
+    base dequantized, one kernel for each layer, from the forward pass on.
+
+    Args:
+      x: (..., inputs...).
+      codes, scales, kind: as `lm.ops.quantize.quantize` returns them.
+      num_in: how many of the kernel's dimensions are inputs.
+    """
+    return contract(x, dequantize(codes, scales, kind, num_in - 1).astype(x.dtype), num_in)
+
+
 class Projection(Part):
     """y = x kernel + bias, over one or several input and output dimensions.
 
@@ -63,6 +81,9 @@ class Projection(Part):
     make it x kernel + scale (x a) b + bias (Hu et al., 2022). `lora_m` (outputs...), the lengths of
     the columns, makes the columns of kernel + scale a b that long (DoRA; Liu et al., 2024). Several
     adapters have a further first dimension, and `ctx.adapter_B` says which row uses which.
+
+    A quantized kernel likewise is leaves in its place (`lm.models.quantized` puts them there):
+    codes `kernel_int8`, `kernel_int4` or `kernel_nf4`, and `kernel_scales`.
 
     Attributes:
       features: output dimensions, such as (num_heads, head_dim).
@@ -84,15 +105,22 @@ class Projection(Part):
         """Returns (..., *features) in the compute dtype of `ctx`."""
         shape = x.shape[x.ndim - self.num_in :] + self.features
         fan_in = math.prod(shape[: self.num_in])
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            shape,
-            jnp.float32,
-            fan_in,
-        )
         x = x.astype(ctx.dtype)
-        y = contract(x, kernel.astype(ctx.dtype), self.num_in)
+        if kind := next((k for k in KINDS if self.has_variable("params", f"kernel_{k}")), None):
+            codes = self.get_variable("params", f"kernel_{kind}")
+            scales = self.get_variable("params", "kernel_scales")
+            y = contract_quantized(x, codes, scales, kind, self.num_in)
+            kernel = partial(dequantize, codes, scales, kind, self.num_in - 1)
+        else:
+            plain = self.param(
+                "kernel",
+                nn.with_logical_partitioning(self.kernel_init, self.axes),
+                shape,
+                jnp.float32,
+                fan_in,
+            )
+            y = contract(x, plain.astype(ctx.dtype), self.num_in)
+            kernel = partial(jnp.asarray, plain)
         if self.has_variable("params", "lora_a"):
             y = self.adapt(x, y, kernel, ctx)
         if self.bias:
@@ -107,8 +135,8 @@ class Projection(Part):
             y += bias.astype(ctx.dtype)
         return y
 
-    def adapt(self, x: Array, y: Array, kernel: Array, ctx: Context) -> Array:
-        """Returns what `y`, x kernel, is with the adapter or adapters beside the kernel.
+    def adapt(self, x: Array, y: Array, kernel: Callable[[], Array], ctx: Context) -> Array:
+        """Returns what `y`, x kernel(), is with the adapter or adapters beside the kernel.
 
         Raises:
           ValueError: if there are several, and nothing says which row uses which.
@@ -118,7 +146,7 @@ class Projection(Part):
         gain = None
         if self.has_variable("params", "lora_m"):
             gain = self.get_variable("params", "lora_m") / jax.lax.stop_gradient(
-                column_norms(kernel, a, b, scale)
+                column_norms(kernel(), a, b, scale)
             )
         x = Dropout(ctx.adapter_dropout, name="lora_dropout")(x, ctx)
         if ctx.adapter_B is None:
@@ -140,7 +168,7 @@ class Projection(Part):
             # A number without an adapter makes NaN of its row; jax would take the last adapter.
             return jnp.take(leaf, ids_B, axis=0, mode="fill").reshape(rows, *shape)
 
-        fan_in = math.prod(kernel.shape[: self.num_in])
+        fan_in = math.prod(x.shape[x.ndim - self.num_in :])
         low = _rowwise(x.reshape(rows, -1, fan_in), pick(a, fan_in, a.shape[-1]).astype(ctx.dtype))
         more = _rowwise(low, pick(b, a.shape[-1], -1).astype(ctx.dtype))
         scale_B11 = jnp.where(alone_B, 0.0, pick(scale)).astype(ctx.dtype)[:, None, None]

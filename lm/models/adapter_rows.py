@@ -7,6 +7,7 @@ import numpy as np
 
 from lm.core.paths import flatten
 from lm.models.adapters import adapted, beside, several
+from lm.models.quantized import leaf_of
 
 Adapters = int | Sequence[int] | None
 
@@ -30,7 +31,7 @@ def choose(params: Mapping[str, Any], adapters: Adapters, rows: int) -> np.ndarr
     flat = flatten(params)
     path = next(iter(adapted(flat)), None)
     leaves = {} if path is None else beside(flat, path)
-    stacked = path is not None and several(leaves, flat[path])
+    stacked = path is not None and several(leaves, leaf_of(flat, path))
     count = 0 if path is None else leaves["scale"].shape[-1] if stacked else 1
     if adapters is None:
         if stacked:

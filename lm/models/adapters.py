@@ -8,8 +8,7 @@ parameters.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 from lm.core.init import VarianceScaling
 from lm.core.paths import flatten, matches, partition, unflatten
 from lm.core.paths import merge as join
-from lm.layers.projection import Projection
 from lm.models import params as P
+from lm.models import quantized
+from lm.models.kernels import Sides, kernels, targeted
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -86,49 +86,9 @@ class LoRA:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank) if rank else 0.0
 
 
-class Sides(NamedTuple):
-    """How many of a kernel's dimensions stack layers, are inputs and are outputs."""
-
-    lead: int
-    inputs: int
-    outputs: int
-
-
-@cache
-def kernels(model: nn.Module) -> Mapping[str, Sides]:
-    """Returns path -> sides of every kernel that can have an adapter: those of projections."""
-    found: dict[str, tuple[int, int]] = {}
-
-    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if isinstance(module, Projection) and context.method_name == "__call__":
-            found["/".join((*module.path, "kernel"))] = module.num_in, len(module.features)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        axes = flatten(P.logical_axes(model))
-    return {path: Sides(len(axes[path]) - sum(found[path]), *found[path]) for path in sorted(found)}
-
-
 def is_adapter(path: str) -> bool:
     """Whether a leaf belongs to an adapter."""
     return path.rpartition("/")[2].startswith("lora_")
-
-
-def targeted(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Returns the paths of the kernels that fit any of the patterns.
-
-    Raises:
-      ValueError: naming a pattern that none fits, and the kernels there are.
-    """
-    there = kernels(model)
-    for pattern in targets:
-        if not any(matches(path, pattern) for path in there):
-            raise ValueError(
-                f"no kernel fits the target {pattern!r} of the adapter; there are "
-                f"{', '.join(there) or 'none'}"
-            )
-    return [path for path in there if any(matches(path, pattern) for pattern in targets)]
 
 
 def add(model: nn.Module, params: Params, lora: LoRA, key: Array) -> dict:
@@ -155,7 +115,9 @@ def add(model: nn.Module, params: Params, lora: LoRA, key: Array) -> dict:
                 f"there are {', '.join(paths)}"
             )
     for index, path in enumerate(paths):
-        sides, shape = kernels(model)[path], flat[path].shape
+        sides = kernels(model)[path]
+        axis = quantized.axis_of(sides)
+        shape = quantized.shape_of(flat, path, axis)
         lead, inputs = shape[: sides.lead], shape[sides.lead : sides.lead + sides.inputs]
         count = math.prod(lead)
         ranks = [lora.rank_of(path, repeat) for repeat in range(count)]
@@ -173,7 +135,8 @@ def add(model: nn.Module, params: Params, lora: LoRA, key: Array) -> dict:
             "scale": jnp.array(scales, jnp.float32).reshape(lead),
         }
         if lora.dora:
-            beside["m"] = column_lengths(flat[path].astype(jnp.float32), sides)
+            kernel = quantized.kernel_of(flat, path, axis)
+            beside["m"] = column_lengths(kernel.astype(jnp.float32), sides)
         flat.update(leaves_beside(path, beside))
     if not any(map(is_adapter, flat)):
         raise ValueError("every rank of the adapter is 0: give some kernel a rank")
@@ -231,15 +194,18 @@ def column_lengths(kernel: Array, sides: Sides) -> Array:
 def merge(params: Params) -> dict:
     """Returns plain parameters that compute what `params` with their adapter do.
 
+    An adapted kernel that is quantized becomes an fp32 one; the others stay as they are.
+
     Raises:
       ValueError: if there is no adapter, or there are several.
     """
     flat = dict(flatten(params))
     for path in single(flat):
-        leaves, kernel = beside(flat, path), flat[path]
+        leaves = beside(flat, path)
+        sides = sides_of(leaves, quantized.leaf_of(flat, path).ndim)
+        kernel = quantized.take(flat, path, quantized.axis_of(sides))
         whole = jnp.asarray(kernel, jnp.float32) + product(leaves, kernel.shape)
         if "m" in leaves:
-            sides = sides_of(leaves, kernel.ndim)
             gain = leaves["m"] / column_lengths(whole, sides)
             first = range(sides.lead, sides.lead + sides.inputs)
             whole *= jnp.expand_dims(gain, tuple(first))
@@ -249,6 +215,8 @@ def merge(params: Params) -> dict:
 
 def unmerge(merged: Params, adapter: Params) -> dict:
     """Inverts `merge`: returns the base with the adapter beside it.
+
+    Of a base that was quantized these are the dequantized kernels, and not the codes.
 
     Args:
       merged: what `merge` returned.
@@ -300,12 +268,12 @@ def stack(base: Params, adapters: Sequence[Params]) -> dict:
         raise ValueError("there is no adapter to stack")
     new = {}
     for path in paths:
-        if path not in flat:
+        if path not in flat and path not in quantized.stored(flat):
             raise ValueError(f"an adapter is for {path}, which this base does not have")
-        kernel = flat[path]
         found = [beside(each, path) for each in flats]
         example = next(leaves for leaves in found if leaves)
-        sides = sides_of(example, kernel.ndim)
+        sides = sides_of(example, quantized.leaf_of(flat, path).ndim)
+        kernel = quantized.kernel_of(flat, path, quantized.axis_of(sides))
         rank = max(leaves["a"].shape[-1] for leaves in found if leaves)
         dora = any("m" in leaves for leaves in found)
         full = [_padded(leaves or _nothing(example), kernel, sides, rank, dora) for leaves in found]
@@ -324,8 +292,8 @@ def select(params: Params, index: int) -> dict:
     """
     flat = dict(flatten(params))
     for path in adapted(flat):
-        leaves, kernel = beside(flat, path), flat[path]
-        lead = leaves["scale"].ndim - several(leaves, kernel)
+        leaves = beside(flat, path)
+        lead = leaves["scale"].ndim - several(leaves, quantized.leaf_of(flat, path))
         if lead == leaves["scale"].ndim or not 0 <= index < leaves["scale"].shape[lead]:
             raise ValueError(f"there is no adapter {index} beside {path}")
         chosen = {name: jnp.take(leaf, index, axis=lead) for name, leaf in leaves.items()}
@@ -339,7 +307,7 @@ def single(flat: Mapping[str, Any]) -> list[str]:
     if not paths:
         raise ValueError("these parameters hold no adapter")
     for path in paths:
-        if several(beside(flat, path), flat[path]):
+        if several(beside(flat, path), quantized.leaf_of(flat, path)):
             raise ValueError("these parameters hold several adapters: select one of them first")
     return paths
 

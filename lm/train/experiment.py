@@ -12,14 +12,13 @@ import flax.linen as nn
 
 from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
-from lm.models import params as P
 from lm.models.adapters import LoRA
-from lm.models.tasks import task_of
 from lm.ops.attention import BACKENDS
+from lm.ops.quantize import KINDS
 from lm.train.objectives import Generative, Objective
 from lm.train.optimizer import Optimizer
 from lm.train.state import Recipe
-from lm.train.trainable import FULL, Table, beside_adapter
+from lm.train.trainable import Table, table_of
 
 GENERATIVE = Generative()
 ALL_DATA = MeshShape()
@@ -72,7 +71,9 @@ class TrainConfig:
       dtype: compute dtype, 'float32' or 'bfloat16'.
       remat: what the backward pass computes again, 'none', 'dots' or 'full'.
       attention: backend of attention, 'reference', 'flash', or 'auto' to choose by the length.
-      frozen_dtype: dtype that parameters which do not train are stored in.
+      frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
+        what kernels of projections that do not train are quantized as, 'int8', 'int4' or 'nf4'
+        (QLoRA; Dettmers et al., 2023).
       seed: of parameters, order of data, dropout.
       parallel: 'jit' on a mesh, or 'pmap' over local devices.
     """
@@ -101,7 +102,7 @@ class TrainConfig:
             "dtype": ("float32", "bfloat16"),
             "remat": ("none", "dots", "full"),
             "attention": ("auto", *BACKENDS),
-            "frozen_dtype": ("float32", "bfloat16"),
+            "frozen_dtype": ("float32", "bfloat16", *KINDS),
             "parallel": ("jit", "pmap"),
         }
         for name, values in allowed.items():
@@ -143,7 +144,7 @@ class Experiment:
     @property
     def table(self) -> Table:
         """The table of what trains, where `trainable` does not say it, too."""
-        return self.trainable or default_table(self.model, self.adapter)
+        return table_of(self.trainable, self.model, self.adapter)
 
     def recipe(self) -> Recipe:
         """Returns what the train step needs of it, with schedules as long as the run."""
@@ -160,14 +161,6 @@ class Experiment:
             self.train.attention,
         )
         return recipe.over(self.train.steps)
-
-
-def default_table(model: nn.Module, adapter: LoRA | None) -> Table:
-    """Returns what trains where nobody says: everything, or the adapter and the head of a task."""
-    if adapter is None:
-        return FULL
-    parts = P.abstract(model) if task_of(model) else {}
-    return beside_adapter(*(f"{name}/*" for name in ("pooler", "classifier") if name in parts))
 
 
 # What may change between a run and its continuation: none of it says what is computed.

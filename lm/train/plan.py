@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm.core.paths import flatten
+from lm.models import quantized
 from lm.train.optimizer import is_matrix
 from lm.train.state import Recipe, TrainState
 
@@ -95,7 +97,9 @@ def make_plan(
       temporary_bytes: of the compiled step.
       lines: further facts to print.
     """
-    trained, frozen = recipe.split(state.params)
+    # Of a quantized kernel the weights are counted, and not the bytes that hold its codes.
+    shapes = jax.eval_shape(partial(quantized.dequantize, recipe.model), state.params)
+    trained, frozen = recipe.split(shapes)
     peak, source = peak_flops(jax.devices())
     return Plan(
         num_trained=size(trained),

@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 from lm.core.context import Context
 from lm.core.mesh import param_sharding, replicated
 from lm.core.paths import flatten, map_with_path, partition, unflatten
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.adapters import LoRA
+from lm.models.kernels import kernels
+from lm.ops.quantize import KINDS
 from lm.train.objectives import Objective
 from lm.train.optimizer import Axes, Optimizer
 from lm.train.trainable import FULL, Table, make_transform, trained_paths
@@ -56,7 +58,9 @@ class Recipe:
       remat: what the backward pass computes again: 'none', 'dots' or 'full'.
       attention: its backend; 'auto' chooses by the length.
       adapter: put beside the model's kernels before the first step, or None.
-      frozen_dtype: dtype that parameters which do not train are stored in.
+      frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
+        the kind that kernels of projections which do not train are quantized as, 'int8', 'int4' or
+        'nf4' (`lm.ops.quantize`), while the others stay fp32.
     """
 
     model: nn.Module
@@ -78,6 +82,8 @@ class Recipe:
             dtype=self.dtype,
             attention=self.attention,
             remat=self.remat,
+            # Unrolled, XLA's CPU backend holds the dequantized kernels of many layers at once.
+            unroll=1 if self.frozen_dtype in KINDS else None,
         )
 
     def over(self, num_steps: int) -> "Recipe":
@@ -101,27 +107,63 @@ class Recipe:
         """Returns what training starts from: parameters with the adapter, frozen ones stored low.
 
         Parameters that hold an adapter already keep it.
+
+        Raises:
+          ValueError: if frozen kernels are to be quantized and there are none, or the parameters
+            are quantized already.
         """
-        if self.adapter is not None and not any(map(adapters.is_adapter, flatten(params))):
-            params = adapters.add(self.model, params, self.adapter, key)
-        trained = trained_paths(self.trainable, params)
+        if quantized.stored(flatten(params)):
+            raise ValueError(
+                "the parameters to start from are quantized, and codes of codes would be further "
+                "off: start from what they were made of, or lm.models.quantized.dequantize them"
+            )
+
+        def with_adapter(params: Params) -> Params:
+            if self.adapter is None or any(map(adapters.is_adapter, flatten(params))):
+                return params
+            return adapters.add(self.model, params, self.adapter, key)
+
+        shapes = jax.eval_shape(with_adapter, params)
+        if self.frozen_dtype in KINDS:
+            frozen = frozen_kernels(self.model, self.trainable, shapes)
+            if not frozen:
+                raise ValueError(
+                    f"train.frozen_dtype {self.frozen_dtype} is for kernels that do not train, and "
+                    "all do: train an adapter (LoRA), or leave it at float32"
+                )
+            base = quantized.quantize(self.model, params, self.frozen_dtype, frozen)
+            # Only now, since a DoRA starts from the lengths of the columns that it will lie beside.
+            return dict(with_adapter(base))
+        trained = trained_paths(self.trainable, shapes)
 
         def store(path: str, leaf: Any) -> Any:
             # The scale of an adapter is a constant of its mathematics, not of the base.
             kept = path in trained or adapters.is_adapter(path)
             return leaf if kept else leaf.astype(self.frozen_dtype)
 
-        return map_with_path(store, params)
+        return map_with_path(store, with_adapter(params))
 
     def transform(self, params: Params) -> optax.GradientTransformation:
         """Returns the optimizer of the trained parameters."""
         return make_transform(self.optimizer, self.trainable, params, axes_of(self.model))
 
 
+def frozen_kernels(model: nn.Module, table: Table, params: Params) -> list[str]:
+    """Returns the paths of the kernels of projections that do not train.
+
+    Args:
+      model: a model value.
+      table: what trains; errors as of `lm.train.trainable.assign`.
+      params: its parameters, with the adapter if there is one, not quantized; or their shapes.
+    """
+    trained = trained_paths(table, params)
+    return [path for path in kernels(model) if path not in trained]
+
+
 @cache
 def axes_of(model: nn.Module) -> Axes:
-    """Returns path -> logical axes of a model's parameters."""
-    return flatten(P.logical_axes(model))
+    """Returns path -> logical axes of a model's parameters, quantized or not."""
+    return quantized.logical_axes(model)
 
 
 def new_state(recipe: Recipe, params: Params, rng: jax.Array) -> TrainState:

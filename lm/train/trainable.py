@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import optax
 
 from lm.core.paths import flatten, matches
+from lm.models import params as P
+from lm.models.quantized import kernel_path
+from lm.models.tasks import task_of
 from lm.train.optimizer import Axes, Optimizer, Rate, by_path
 from lm.train.schedule import Schedule
 
@@ -49,8 +53,18 @@ def beside_adapter(*patterns: str) -> Table:
 ADAPTER: Table = beside_adapter()
 
 
+def table_of(trainable: Table | None, model: nn.Module, adapter: Any) -> Table:
+    """Returns the table; where there is none, all trains, or the adapter and the head of a task."""
+    if trainable or adapter is None:
+        return trainable or FULL
+    parts = P.abstract(model) if task_of(model) else {}
+    return beside_adapter(*(f"{name}/*" for name in ("pooler", "classifier") if name in parts))
+
+
 def assign(table: Table, params: Mapping[str, Any]) -> dict[str, int]:
     """Returns path -> number of the group that it belongs to.
+
+    The codes and scales of a quantized kernel belong to the group of the kernel.
 
     Args:
       table: the groups, in order.
@@ -62,7 +76,7 @@ def assign(table: Table, params: Mapping[str, Any]) -> dict[str, int]:
     found = {}
     for path in flatten(params):
         for index, group in enumerate(table):
-            if matches(path, group.pattern):
+            if matches(kernel_path(path), group.pattern):
                 found[path] = index
                 break
         else:

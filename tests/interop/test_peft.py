@@ -22,7 +22,7 @@ from lm.interop.hf import save_directory
 from lm.interop.loaded import Loaded
 from lm.interop.peft import TENSORS, load_adapter, modules_of, save_adapter
 from lm.interop.peft_config import CONFIG
-from lm.models import adapters
+from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.adapters import LoRA, Rank
 from lm.models.encdec import EncoderDecoder
@@ -156,6 +156,23 @@ CONFIGS = {
 }  # fmt: skip
 SLOWER = ("llama", "llama, regex", "bert", "mamba", "t5", "vanilla")
 SLOW = dict.fromkeys(SLOWER, pytest.mark.slow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_beside_a_quantized_base(kind, tmp_path):
+    """What is written beside codes is read beside codes, and peft's logits are ours."""
+    model, params = model_of("llama")
+    low = quantized.quantize(model, params, "nf4")
+    plain = Loaded(model, quantized.dequantize(model, low), None)
+    changed = Loaded(model, adapted(model, low, LORAS[kind]), None)
+    save_adapter(changed, save_directory(plain, tmp_path / "base").parent / "adapter")
+    back = load_adapter(Loaded(model, low, None), tmp_path / "adapter")
+    assert flatten(back.params).keys() == flatten(changed.params).keys()
+    there = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    there = peft.PeftModel.from_pretrained(there, tmp_path / "adapter").eval()
+    for ours in (changed, back):
+        assert_same_logits(our_logits(ours), there)
 
 
 @pytest.mark.ledger("B45")
