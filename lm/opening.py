@@ -19,6 +19,7 @@ from lm.interop.loaded import Loaded
 from lm.models import adapters
 from lm.models import params as P
 from lm.train.checkpoint import Checkpoints, load_params
+from lm.train.experiment import Experiment
 from lm.train.run_dir import claim_run_dir, git_commit, installed_versions
 from lm.train.state import TrainState
 
@@ -145,16 +146,39 @@ def export_model(source: str | Path, directory: str | Path) -> Path:
     return hf.save_directory(load_merged(source), Path(directory).expanduser())
 
 
-def initial_params(source: str | Path, model: Any) -> Any:
+def initial_params(source: str | Path | Loaded, model: Any) -> Any:
     """Returns the parameters of a source, on the host, for a model that has the same.
 
     Raises:
       ValueError: naming the leaves that differ in shape, or that only one of the two has.
     """
-    params = load_merged(source).params
-    if wrong := shape_differences(params, P.abstract(model)):
-        raise ValueError(f"{source} is no start for this model: {wrong}")
-    return jax.device_get(params)  # The state is laid out on a mesh, from wherever they come.
+    loaded = source if isinstance(source, Loaded) else load_merged(source)
+    if wrong := shape_differences(loaded.params, P.abstract(model)):
+        raise ValueError(f"{loaded.name} is no start for this model: {wrong}")
+    return jax.device_get(loaded.params)  # The state is laid out on a mesh, wherever they lie.
+
+
+def start(experiment: Experiment) -> dict[str, Any]:
+    """Returns what `lm.train.loop.train` needs to start from `experiment.init_from`.
+
+    It is functions that return the parameters and the tokenizer, or nothing where there is no such
+    start. A run that goes on calls neither, and does not need the source any more.
+    """
+    if not experiment.init_from:
+        return {}
+    opened: list[Loaded] = []
+
+    def source() -> Loaded:
+        if not opened:
+            opened.append(load_merged(experiment.init_from))
+        return opened[0]
+
+    def params() -> Any:
+        loaded = source()
+        opened.clear()  # The run has its own copy, and the memory is wanted.
+        return initial_params(loaded, experiment.model)
+
+    return {"params": params, "tokenizer": lambda: source().tokenizer}
 
 
 def download(name: str) -> Path:

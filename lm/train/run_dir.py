@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lm.core.config import differences, to_json
+from lm.core.config import differences, to_json, with_defaults
 from lm.train.experiment import FREE, Experiment
 from lm.train.metrics import replace_file
 
@@ -15,12 +15,11 @@ CONFIG = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 
 
-def config_of(experiment: Experiment, fingerprint: str, init_from: str = "") -> dict[str, Any]:
+def config_of(experiment: Experiment, fingerprint: str) -> dict[str, Any]:
     """Returns what is saved with a run: the experiment, its data, and what software made it."""
     return {
         "experiment": to_json(experiment),
         "data": fingerprint,
-        "init_from": init_from,
         "versions": {"python": platform.python_version(), **installed_versions()},
         "commit": git_commit(),
     }
@@ -45,9 +44,10 @@ def check_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
 def check_config(where: Any, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises a ValueError if what lies at `where` was made by another config, or by none."""
     try:
-        found = differences(there["experiment"], here["experiment"])
+        # Once, what a run started from stood beside the experiment.
+        old = with_defaults({"init_from": there.get("init_from", ""), **there["experiment"]})
+        found = differences(old, here["experiment"])
         found |= differences(there["data"], here["data"], "data's fingerprint")
-        found |= differences(there.get("init_from", ""), here["init_from"], "init_from")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{where} is not of a run of this package: choose another place"
