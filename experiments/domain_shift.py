@@ -24,7 +24,7 @@ from lm.train.schedule import Cosine, WarmupStableDecay
 
 FOLDER = Path("runs/domain_shift")
 SEEDS = (0, 1, 2)
-STEPS = 150
+STEPS = 100
 
 
 def headlines() -> Experiment:
@@ -33,8 +33,8 @@ def headlines() -> Experiment:
         name="headlines",
         model=teeny_gpt(),
         data=TextData("headlines", "teeny_gpt", length=128, layout="fit"),
-        optimizer=Muon(WarmupStableDecay(7e-3, warmup=30, decay=400), weight_decay=0.0),
-        train=TrainConfig(steps=800, batch_size=16, eval_every=400, log_every=50),
+        optimizer=Muon(WarmupStableDecay(7e-3, warmup=30, decay=200), weight_decay=0.0),
+        train=TrainConfig(steps=400, batch_size=16, eval_every=400, log_every=50),
     )
 
 
@@ -66,7 +66,8 @@ def losses(run: Experiment, directory: Path, seed: int = 0) -> dict[int, float]:
     from lm.train.metrics import read_metrics
 
     run = replace(run, train=replace(run.train, seed=seed))
-    train(run, directory, **start(run))
+    if train(run, directory, **start(run)).stopped != "finished":
+        raise SystemExit("the same command goes on")
     records = read_metrics(directory / "metrics.jsonl")
     return {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
 

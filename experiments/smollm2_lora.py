@@ -2,7 +2,7 @@
 
     lm train experiments/smollm2_lora.py
     lm train experiments/smollm2_lora.py --trainable full --run-dir runs/smollm2_full \
-        --optimizer.learning-rate.peak 2e-5
+        --optimizer.learning-rate.peak 5e-5
 
 Not measured yet.
 """
@@ -36,6 +36,6 @@ def experiment() -> Experiment:
             rank=8, alpha=16, targets=tuple(f"*/{name}/kernel" for name in ("q", "k", "v", "out"))
         ),
         data=InstructionData("alpaca_en_demo", length=256),
-        optimizer=AdamW(Cosine(5e-4, warmup=6), weight_decay=0.0),
-        train=TrainConfig(steps=60, batch_size=4, eval_every=60, log_every=10),
+        optimizer=AdamW(Cosine(1e-3, warmup=4), weight_decay=0.0),
+        train=TrainConfig(steps=40, batch_size=4, eval_every=40, log_every=5),
     )

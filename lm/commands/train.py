@@ -10,6 +10,7 @@ from lm.data.labelled import LabelledData
 from lm.eval.classification import classification_report
 from lm.eval.samples import draw_samples, write_samples
 from lm.infer.generate import generate
+from lm.infer.rows import encode
 from lm.interop.loaded import Loaded
 from lm.opening import load, start
 from lm.train.experiment import Experiment, load_experiment
@@ -94,11 +95,12 @@ def report_replies(loaded: Loaded, data: Instructions, result: Result) -> None:
         print("validation, nats per token of the replies:")
         for step, loss in losses.items():
             print(f"  step {step:>6}  {loss:.4f}")
-    asked = [talk[:1] for talk in data.conversations["test"] if talk[0]["role"] == "user"][
-        :NUM_ASKED
-    ]
+    room = loaded.model.max_length or 2 * SAMPLE_TOKENS
+    tokens = min(SAMPLE_TOKENS, room // 2)
+    questions = [talk[:1] for talk in data.conversations["test"] if talk[0]["role"] == "user"]
+    asked = [q for q in questions if len(encode(loaded.tokenizer, q)) <= room - tokens][:NUM_ASKED]
     if asked:
-        replies = generate(loaded, asked, max_new_tokens=SAMPLE_TOKENS, temperature=0)
+        replies = generate(loaded, asked, max_new_tokens=tokens, temperature=0)
         lines = [f"> {talk[0]['content']}\n{reply}\n" for talk, reply in zip(asked, replies)]
         (result.run_dir / "samples.txt").write_text("\n".join(lines), encoding="utf-8")
         print("\n".join(lines))

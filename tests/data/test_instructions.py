@@ -135,7 +135,7 @@ def test_sources_that_are_refused(tmp_path):
             conversations(source)
 
 
-@pytest.mark.parametrize("name, least", [("alpaca_en_demo", 990), ("glaive_toolcall_en_demo", 290)])
+@pytest.mark.parametrize("name, least", [("alpaca_en_demo", 985), ("glaive_toolcall_en_demo", 265)])
 def test_sets(name, least):
     splits = conversations(name)
     asked = {

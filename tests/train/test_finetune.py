@@ -11,6 +11,7 @@ import pytest
 import lm
 from lm.cli import main
 from lm.core.config import from_json, to_json, with_defaults
+from lm.core.overrides import apply_overrides
 from lm.core.paths import flatten
 from lm.interop.loaded import Loaded
 from lm.models import params as P
@@ -70,6 +71,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("D06")
 def test_pretrain_save_reload_finetune_evaluate(folder, capsys):
     """One config system and one command for all; each finetuning begins at the restored loss."""
@@ -119,7 +121,7 @@ def test_full_by_name_is_without_adapter():
     with pytest.raises(ValueError, match="has no adapter"):
         replace(plain, trainable="adapter")
     with pytest.raises(ValueError, match="trainable"):
-        lm.core.overrides.apply_overrides(adapted, ["--trainable", "half"])
+        apply_overrides(adapted, ["--trainable", "half"])
 
 
 def test_configs_from_before_a_field_are_the_same_run(folder):
@@ -217,7 +219,7 @@ def test_instructions_through_the_template_of_the_start(talking, capsys):
         (["--data.source", "alpaca"], "no instruction set 'alpaca'"),
         (["--data.length", "3"], "no token of the train split trains"),
         (["--data.layout", "pack"], "layout"),
-        (["--trainable", "none", "--adapter.targets", "*/none"], "no kernel fits"),
+        (["--trainable", "none", "--adapter.targets", "'*/none',"], "no kernel fits"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(words, message, talking, capsys):
@@ -248,7 +250,7 @@ def test_chat_and_generate_by_the_template(talking, capsys, monkeypatch):
     first = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     second = first + "It is<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert prompts == [first, second]
-    words = iter(["Add 2 and 2. " * 4, ""])
+    words = iter(["Add 2 and 2. " * 30, ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(words))
     assert main(["chat", base]) == 2
     assert "fills the 48 places" in capsys.readouterr().err
