@@ -10,6 +10,7 @@ Not measured yet.
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,9 +100,16 @@ def study(folder: Path = FOLDER) -> list[dict[str, float]]:
     return rows
 
 
-if __name__ == "__main__":
-    prepare()
-    for row in study():
+def main(folder: Path) -> None:
+    """Prints the study, and writes losses.json."""
+    rows = study(folder)
+    (folder / "losses.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
         recovered = (row["before"] - row["lora"]) / (row["before"] - row["full"])
         print("  ".join(f"{name} {loss:.4f}" for name, loss in row.items()))
         print(f"LoRA recovers {recovered:.1%} of the gain of full finetuning")
+
+
+if __name__ == "__main__":
+    prepare()
+    main(Path(*sys.argv[1:]) if sys.argv[1:] else FOLDER)

@@ -104,7 +104,7 @@ def chat(
         if room is not None:
             limit = min(limit, room - len(encode(loaded.tokenizer, prompt)))
         if limit < 1:
-            raise ValueError(f"the conversation fills the {room} places of the model: start anew")
+            raise ValueError(f"what was said fills the {room} places of the model: start anew")
         pieces = []
         options = dict(temperature=temperature, top_p=top_p, seed=seed)
         for piece in stream(loaded, prompt, max_new_tokens=limit, **options):

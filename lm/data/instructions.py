@@ -115,7 +115,11 @@ def parse_message(message: dict[str, Any]) -> dict[str, str]:
         if any(part["type"] != "text" for part in content):
             raise ValueError("the content of a message is text, and this one has other parts")
         content = "".join(parts)
-    return {"role": ROLES.get(theirs) or theirs, "content": content}
+    role = ROLES.get(theirs) or theirs
+    trains = float(role == "assistant")
+    if message.get("loss_weight", trains) != trains:
+        raise ValueError("replies train and nothing else does, and a loss_weight says otherwise")
+    return {"role": role, "content": content}
 
 
 def rows_of(source: str) -> Iterator[tuple[str, str | None, Any]]:
@@ -161,7 +165,7 @@ def conversations(source: str) -> dict[str, list[Conversation]]:
     for where, split, row in rows_of(source):
         try:
             messages = parse_row(row)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
         text = key("\n".join(message["content"] for message in messages))
         if text not in seen:

@@ -341,7 +341,7 @@ def _fold_rows(seed: jax.Array, count: int) -> jax.Array:
 def _stops(tokenizer: Any, stop_ids: Sequence[int], prompts: Sequence[Text]) -> list[int]:
     ends = [tokenizer.eos_id]
     if not all(isinstance(prompt, str) for prompt in prompts):
-        ends.append(tokenizer.end_of_turn)
+        ends.append(getattr(tokenizer, "end_of_turn", None))
     return [*stop_ids, *(token for token in dict.fromkeys(ends) if token is not None)]
 
 

@@ -28,6 +28,7 @@ class Data(Protocol):
     Attributes:
       tokenizer: saved with the run, or None.
       fingerprint: changes whenever the data do; a run is not resumed on other data.
+      about: a line for the plan; it may be missing.
     """
 
     tokenizer: Any

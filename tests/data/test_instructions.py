@@ -89,6 +89,7 @@ def test_forms_of_rows():
                                           {"type": "text", "value": "b"}]}, reply]  # fmt: skip
     rows = [
         {"messages": [user, reply]},
+        {"messages": [{**user, "loss_weight": 0.0}, {**reply, "loss_weight": 1.0}]},
         {"messages": parts},
         {"prompt": "a\nb", "completion": "c"},
         {"prompt": [user], "completion": [reply]},
@@ -99,8 +100,8 @@ def test_forms_of_rows():
     ]
     assert all(parse_row(row) == expected for row in rows)
     system = {"role": "system", "content": "d"}
-    assert parse_row({**rows[4], "system": "d"}) == [system, *expected]
-    assert parse_row({**rows[7], "tools": "d"}) == [system, *expected]
+    assert parse_row({**rows[5], "system": "d"}) == [system, *expected]
+    assert parse_row({**rows[8], "tools": "d"}) == [system, *expected]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,8 @@ def test_forms_of_rows():
         ({"messages": [{"role": "user", "content": [{"type": "image", "text": ""}]}, ASKED[1]]},
          "other parts"),
         ({"messages": [ASKED[0], {**ASKED[1], "tool_calls": [1]}]}, "tool_calls"),
+        ({"messages": [ASKED[0], {**ASKED[1], "loss_weight": 0.0}]}, "loss_weight"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "int"),
         ([1], "not a list"),
     ],
 )  # fmt: skip

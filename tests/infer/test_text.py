@@ -241,3 +241,8 @@ def test_conversations_continue_with_a_reply():
             model=model, params=loaded.params, tokenizer=replace(tokenizer, chat_template=None)
         )
         generate(plain, [talk], **options)
+
+
+def test_characters_do_not_chat(loaded):
+    with pytest.raises(ValueError, match="no chat template"):
+        generate(loaded, [[{"role": "user", "content": "a"}]], max_new_tokens=4)
