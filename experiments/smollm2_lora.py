@@ -37,5 +37,5 @@ def experiment() -> Experiment:
         ),
         data=InstructionData("alpaca_en_demo", length=256),
         optimizer=AdamW(Cosine(1e-3, warmup=4), weight_decay=0.0),
-        train=TrainConfig(steps=40, batch_size=4, eval_every=40, log_every=5),
+        train=TrainConfig(steps=60, batch_size=4, eval_every=60, log_every=10),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from lm.core.config import differences, to_json, with_defaults
 from lm.train.experiment import FREE, Experiment
 from lm.train.metrics import replace_file
+from lm.train.trainable import FULL
 
 CONFIG = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
@@ -44,9 +45,7 @@ def check_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
 def check_config(where: Any, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises a ValueError if what lies at `where` was made by another config, or by none."""
     try:
-        # Once, what a run started from stood beside the experiment.
-        old = with_defaults({"init_from": there.get("init_from", ""), **there["experiment"]})
-        found = differences(old, here["experiment"])
+        found = differences(experiment_of(there), here["experiment"])
         found |= differences(there["data"], here["data"], "data's fingerprint")
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -62,6 +61,17 @@ def check_config(where: Any, there: dict[str, Any], here: dict[str, Any]) -> Non
             f"{where} belongs to a run of another config: {'; '.join(wrong)}. Choose another run "
             "directory, or give the same settings to go on"
         )
+
+
+def experiment_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the experiment of a saved config as it would be saved today."""
+    saved = config["experiment"]
+    # What a run started from stood beside the experiment once, and before there were adapters the
+    # table that trains everything was the default.
+    old = {"init_from": config.get("init_from", ""), **saved}
+    if "adapter" not in saved and saved.get("trainable") == to_json(FULL):
+        old["trainable"] = None
+    return with_defaults(old)
 
 
 def claim_run_dir(run_dir: Path, config: dict[str, Any], tokenizer: Any) -> None:

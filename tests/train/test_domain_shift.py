@@ -19,8 +19,12 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shift")
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "experiments/domain_shift.py", str(folder)]
-    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    start = str(folder / "headlines")
+    for words in (
+        ["-m", "lm.cli", "train", "experiments/headlines.py", "--run-dir", start],
+        ["experiments/domain_shift.py", str(folder), start],
+    ):
+        subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True)
     rows = json.loads((folder / "losses.json").read_text())
     print(json.dumps(rows))
     assert len(rows) == 3

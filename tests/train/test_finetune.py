@@ -21,7 +21,7 @@ from lm.opening import start
 from lm.train.experiment import load_experiment
 from lm.train.loop import train
 from lm.train.metrics import read_metrics
-from lm.train.run_dir import check_config, config_of
+from lm.train.run_dir import check_config, config_of, experiment_of
 from lm.train.trainable import ADAPTER, FULL
 from tests.data.chats import chat_tokenizer
 from tests.data.test_instructions import write
@@ -133,9 +133,10 @@ def test_configs_from_before_a_field_are_the_same_run(folder):
         del there["experiment"][name]
     del there["experiment"]["train"]["frozen_dtype"]
     del there["experiment"]["model"]["stack"]["entry"]["dropout"]
+    there["experiment"]["trainable"] = to_json(FULL)
     check_config("there", {**there, "init_from": ""}, here)
     check_config("there", there, here)
-    assert from_json(with_defaults(there["experiment"])) == experiment
+    assert from_json(experiment_of(there)) == experiment
     started = config_of(replace(experiment, init_from="runs/a"), "data")
     check_config("there", {**there, "init_from": "runs/a"}, started)
     with pytest.raises(ValueError, match='init_from is "" there and "runs/a" here'):
