@@ -9,7 +9,7 @@ USAGE = """usage: lm COMMAND ...
 
   train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
   generate MODEL        continue prompts
-  chat MODEL            continue what you type
+  chat MODEL            talk with a model
   classify MODEL        label texts
   evaluate MODEL        loss, perplexity, bits, top-1 reconstruction; or benchmarks
   import SOURCE RUN     write a pretrained model as a run directory
@@ -37,7 +37,7 @@ COMMANDS = {
     ("data", "inspect"): "data.inspect_data",
     ("tokenizer", "train"): "data.train_tokenizer",
 }
-OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--init-from", "--platform")
+OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--platform")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

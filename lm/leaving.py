@@ -116,14 +116,13 @@ def average_models(
 
 def write_run(loaded: Loaded, run: Path, source: Source) -> Path:
     """Writes parameters as the only checkpoint of a new run; it has the data of a source run."""
-    experiment = {"model": to_json(loaded.model)}
+    experiment = {"model": to_json(loaded.model), "init_from": str(source)}
     if is_run(source):
         there = read_config(source)["experiment"]
         experiment |= {key: there[key] for key in ("data",) if key in there}
     config = {
         "experiment": experiment,
         "data": "",
-        "init_from": str(source),
         "labels": list(loaded.labels),
         "versions": installed_versions(),
         "commit": git_commit(),
@@ -178,7 +177,7 @@ def save_adapter(loaded: Loaded, directory: Path) -> Path:
     if not is_run(run):
         raise ValueError(f"{run} is no run, and only a run that trained an adapter has one")
     check_frozen(run, loaded.params)
-    return peft.save_adapter(loaded, directory, read_config(run).get("init_from", ""))
+    return peft.save_adapter(loaded, directory, read_config(run)["experiment"].get("init_from", ""))
 
 
 # What `export_model` writes: functions of a `Loaded`, a new directory, and options of their own.

@@ -23,6 +23,7 @@ from lm.models import params as P
 from lm.models.tasks import task_of
 from lm.ops.quantize import KINDS
 from lm.train.checkpoint import load_params
+from lm.train.experiment import Experiment
 from lm.train.run_dir import read_config
 from lm.train.state import fresh_params, frozen_kernels
 from lm.train.trainable import table_of, trained_paths
@@ -192,7 +193,7 @@ def load_run(path: Path, step: int | None, checkpoint_dir: Source | None) -> Loa
     return Loaded(model, params, load_tokenizer(path), labels=labels)
 
 
-def initial_params(source: Source, model: Any, seed: int = 0, echo: Echo = print) -> Any:
+def initial_params(source: Source | Loaded, model: Any, seed: int = 0, echo: Echo = print) -> Any:
     """Returns the parameters of a source, on the host, for a model with the same body.
 
     Leaves of the pooler and the classifier that the source lacks are fresh, as a run of this seed
@@ -200,7 +201,8 @@ def initial_params(source: Source, model: Any, seed: int = 0, echo: Echo = print
     is for another task and its head where the model has none. One line names both.
 
     Args:
-      source: anything that `load` opens; an adapter is merged into the kernels that it adapts.
+      source: anything that `load` opens, an adapter being merged into the kernels that it adapts;
+        or what `load_merged` returned.
       model: what is to start from it.
       seed: of fresh leaves.
       echo: prints that line.
@@ -208,7 +210,7 @@ def initial_params(source: Source, model: Any, seed: int = 0, echo: Echo = print
     Raises:
       ValueError: naming the leaves that differ in shape, or that only one of the two has.
     """
-    loaded = load_merged(source)
+    loaded = source if isinstance(source, Loaded) else load_merged(source)
     there, here = flatten(loaded.params), flatten(P.abstract(model))
     spare = HEAD if getattr(model, "head", None) is not None else ("head", *HEAD)
     foreign = [path for path in there if path not in here and part_of(path) in spare]
@@ -218,11 +220,11 @@ def initial_params(source: Source, model: Any, seed: int = 0, echo: Echo = print
     fresh = [path for path in here if path not in kept and part_of(path) in HEAD]
     rest = {path: leaf for path, leaf in here.items() if path not in fresh}
     if wrong := shape_differences(unflatten(kept), unflatten(rest)):
-        raise ValueError(f"{source} is no start for this model: {wrong}")
+        raise ValueError(f"{loaded.name} is no start for this model: {wrong}")
     if fresh or foreign:
         names = {"fresh": fresh, "left out": foreign}
         found = [f"{what}: {', '.join(paths)}" for what, paths in names.items() if paths]
-        echo(f"starts from {source}; {'; '.join(found)}")
+        echo(f"starts from {loaded.name}; {'; '.join(found)}")
     if fresh:
         # Compiled alone, it draws these leaves and no others.
         draw = jax.jit(lambda: [flatten(fresh_params(model, seed))[path] for path in fresh])
@@ -234,6 +236,29 @@ def initial_params(source: Source, model: Any, seed: int = 0, echo: Echo = print
 def part_of(path: str) -> str:
     """Returns which part of a model a leaf belongs to: 'stack', 'classifier'."""
     return path.partition("/")[0]
+
+
+def start(experiment: Experiment) -> dict[str, Any]:
+    """Returns what `lm.train.loop.train` needs to start from `experiment.init_from`.
+
+    It is functions that return the parameters and the tokenizer, or nothing where there is no such
+    start. A run that goes on calls neither, and does not need the source any more.
+    """
+    if not experiment.init_from:
+        return {}
+    opened: list[Loaded] = []
+
+    def source() -> Loaded:
+        if not opened:
+            opened.append(load_merged(experiment.init_from))
+        return opened[0]
+
+    def params() -> Any:
+        loaded = source()
+        opened.clear()  # The run has its own copy, and the memory is wanted.
+        return initial_params(loaded, experiment.model, experiment.train.seed)
+
+    return {"params": params, "tokenizer": lambda: source().tokenizer}
 
 
 def download(name: str) -> Path:

@@ -152,7 +152,8 @@ def test_training_starts_from_a_run(folder):
     records = [json.loads(line) for line in (folder / "new/metrics.jsonl").read_text().splitlines()]
     batch = next(experiment.data.make().train(8, 5, 0))
     expected = lm.evaluate(loaded.model, loaded.params, [batch])["loss"]
-    assert abs(records[0]["loss"] - expected) <= 1e-5
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 5, 6]
+    assert abs(records[1]["loss"] - expected) <= 1e-5
     # The same command goes on, and needs what it started from no more.
     (folder / "old").rename(folder / "moved")
     assert main(words) == 0

@@ -2,19 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from lm.core.overrides import apply_overrides, list_fields
+from lm.data.instructions import InstructionData, Instructions
 from lm.data.labelled import LabelledData
 from lm.eval.classification import classification_report
 from lm.eval.samples import draw_samples, write_samples
-from lm.opening import initial_params, load
+from lm.infer.generate import generate
+from lm.infer.rows import encode
+from lm.interop.loaded import Loaded
+from lm.opening import load, start
 from lm.train.experiment import Experiment, load_experiment
 from lm.train.loop import Result
 from lm.train.loop import train as run_training
+from lm.train.metrics import read_metrics
 
 SAMPLE_TOKENS = 100
+NUM_ASKED = 3  # Questions of the test split that a chat model answers at the end.
 
 
 def train(
@@ -22,7 +27,6 @@ def train(
     overrides: Sequence[str] = (),
     run_dir: str = "",
     checkpoint_dir: str = "",
-    init_from: str = "",
 ) -> Result:
     """Trains the experiment of a file, then samples from it and compares it with n-grams.
 
@@ -31,7 +35,6 @@ def train(
       overrides: `--field value` pairs.
       run_dir: where it writes; '' is runs/NAME. The run that is there goes on.
       checkpoint_dir: another place for checkpoints, such as gs://bucket/run; '' for none.
-      init_from: what to start from, anything that `lm.load` opens; '' is fresh parameters.
     """
     experiment = apply_overrides(load_experiment(path), overrides)
     directory = Path(run_dir or Path("runs") / experiment.name)
@@ -39,10 +42,7 @@ def train(
         experiment,
         directory,
         checkpoint_dir=checkpoint_dir or None,
-        params=partial(initial_params, init_from, experiment.model, experiment.train.seed)
-        if init_from
-        else None,
-        init_from=init_from,
+        **start(experiment),
     )
     if result.stopped in ("finished", "early stopping"):
         report(experiment, result, checkpoint_dir)
@@ -71,6 +71,9 @@ def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> 
             print(f"  {name:<24} {scores['accuracy']:.3f}     {scores['macro_f1']:.3f}")
         (result.run_dir / "classification.json").write_text(json.dumps(rows, indent=1) + "\n")
         return
+    if isinstance(experiment.data, InstructionData):
+        report_replies(loaded, experiment.data.make(loaded.tokenizer), result)
+        return
     if result.best_loss is not None and hasattr(experiment.data, "make"):
         data = experiment.data.make(loaded.tokenizer)
         bits = {"this model": data.bits_per_character(result.best_loss), **data.baselines()}
@@ -85,18 +88,38 @@ def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> 
     print((result.run_dir / "samples.txt").read_text(), end="")
 
 
+def report_replies(loaded: Loaded, data: Instructions, result: Result) -> None:
+    """Prints the loss of held-out replies before and after, and how the model now answers."""
+    records = read_metrics(result.run_dir / "metrics.jsonl")
+    losses = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    if losses:
+        print("validation, nats per token of the replies:")
+        for step, loss in losses.items():
+            print(f"  step {step:>6}  {loss:.4f}")
+    room = loaded.model.max_length or 2 * SAMPLE_TOKENS
+    tokens = min(SAMPLE_TOKENS, room // 2)
+    questions = [talk[:1] for talk in data.conversations["test"] if talk[0]["role"] == "user"]
+    asked = [q for q in questions if len(encode(loaded.tokenizer, q)) <= room - tokens][:NUM_ASKED]
+    if asked:
+        replies = generate(loaded, asked, max_new_tokens=tokens, temperature=0)
+        lines = [f"> {talk[0]['content']}\n{reply}\n" for talk, reply in zip(asked, replies)]
+        (result.run_dir / "samples.txt").write_text("\n".join(lines), encoding="utf-8")
+        print("\n".join(lines))
+
+
 def train_help(path: str = "") -> str:
     """Returns how to call `lm train`, with the fields of an experiment where one is named."""
     lines = [
-        "usage: lm train EXPERIMENT [--run-dir DIR] [--checkpoint-dir PATH] [--init-from MODEL]",
-        "                [--platform NAME] [--FIELD VALUE ...]",
+        "usage: lm train EXPERIMENT [--run-dir DIR] [--checkpoint-dir PATH] [--platform NAME]",
+        "                [--FIELD VALUE ...]",
         "",
         "Trains experiments/NAME.py (or NAME), or goes on where its run directory stopped.",
         "",
         "  --run-dir DIR          where the run writes [runs/NAME]",
         "  --checkpoint-dir PATH  another place for checkpoints, such as gs://bucket/run",
-        "  --init-from MODEL      a run, directory, .gguf file or package:NAME to start from",
         "  --platform NAME        cpu, gpu or tpu to insist on",
+        "  --init-from MODEL      a run, directory, .gguf file or package:NAME to start from",
+        "  --trainable full       everything trains, without the experiment's adapter",
         "",
     ]
     if not path:

@@ -16,6 +16,7 @@ from lm.eval.perplexity import evaluate as measure
 from lm.infer.classify import classify as label_texts
 from lm.infer.generate import generate as continue_texts
 from lm.infer.generate import stream
+from lm.infer.rows import encode
 from lm.opening import load
 from lm.train.run_dir import read_config
 
@@ -33,6 +34,7 @@ def generate(
     seed: int = 0,
     adapter: str = "",
     dtype: str = "float32",
+    chat: bool = False,
 ) -> list[str]:
     """Continues prompts and prints each with its continuation.
 
@@ -49,13 +51,14 @@ def generate(
       seed: the same seed gives the same text.
       adapter: a PEFT directory, or a run that trained an adapter, to use with the model.
       dtype: float32 or bfloat16.
+      chat: each prompt is what a user says, and a reply is printed, by the model's chat template.
     """
     loaded = load(model, adapter=adapter or None, dtype=dtype)
     prompts = [text for text in prompt for _ in range(num_samples)]
     room = loaded.model.max_length
     texts = continue_texts(
         loaded,
-        prompts,
+        [[said(text)] for text in prompts] if chat else prompts,
         max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - 1),
         temperature=temperature,
         top_k=top_k,
@@ -66,8 +69,13 @@ def generate(
         dtype=dtype,
     )
     for start, text in zip(prompts, texts):
-        print(start + text)
+        print(text if chat else start + text)
     return texts
+
+
+def said(text: str, role: str = "user") -> dict[str, str]:
+    """Returns a message of a conversation."""
+    return {"role": role, "content": text}
 
 
 def chat(
@@ -77,7 +85,10 @@ def chat(
     top_p: float = 0.95,
     adapter: str = "",
 ) -> None:
-    """Continues what is typed, line by line, as it is drawn; an empty line ends it.
+    """Answers what is typed, line by line, as it is drawn; an empty line ends it.
+
+    A model with a chat template replies, and remembers the conversation. Any other continues each
+    line as a text of its own.
 
     Args:
       model: a run directory, a Hugging Face directory, a .gguf file, package:NAME, or a hub id.
@@ -88,6 +99,8 @@ def chat(
     """
     loaded = load(model, adapter=adapter or None)
     room = loaded.model.max_length
+    talks = getattr(loaded.tokenizer, "chat_template", None) is not None
+    history: list[dict[str, str]] = []
     seed = 0
     while True:
         try:
@@ -96,13 +109,20 @@ def chat(
             break
         if not text:
             break
+        history.append(said(text))
+        prompt = history if talks else text
         limit = max_new_tokens
         if room is not None:
-            limit = min(limit, room - 1 - len(loaded.tokenizer.encode(text)))
+            limit = min(limit, room - len(encode(loaded.tokenizer, prompt)))
+        if limit < 1:
+            raise ValueError(f"what was said fills the {room} places of the model: start anew")
+        pieces = []
         options = dict(temperature=temperature, top_p=top_p, seed=seed)
-        for piece in stream(loaded, text, max_new_tokens=limit, **options):
+        for piece in stream(loaded, prompt, max_new_tokens=limit, **options):
             print(piece, end="", flush=True)
+            pieces.append(piece)
         print()
+        history.append(said("".join(pieces), "assistant"))
         seed += 1
 
 

@@ -106,6 +106,32 @@ def check_name(name: str, known: Iterable[str], what: str) -> None:
     raise ValueError(f"there is no {what} called {name!r}: {hint}")
 
 
+def with_defaults(data: Json) -> Json:
+    """Returns JSON of `to_json` with the fields that its objects lack at their defaults.
+
+    So a config that was written before a field came is what it was. Objects of classes that are
+    not (or no longer) of this package stay as they are.
+    """
+    if isinstance(data, list):
+        return [with_defaults(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    given = {name: with_defaults(item) for name, item in data.items()}
+    try:
+        fields = fields_of(find_class(data.get("class", "")))
+    except ValueError:
+        return given
+    absent = [field for name, field in fields.items() if name not in given and _default(field)]
+    return given | {field.name: to_json(default_of(field)) for field in absent}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    assert field.default_factory is not dataclasses.MISSING
+    return field.default_factory()
+
+
 def differences(left: Json, right: Json, path: str = "") -> dict[str, tuple[Json, Json]]:
     """Returns dotted path -> (left, right) wherever two JSON values differ; 'absent' for none."""
     if isinstance(left, dict) and isinstance(right, dict):

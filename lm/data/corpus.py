@@ -1,19 +1,16 @@
 """What a run reads, as one value: a source, a tokenizer, a layout."""
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
-from lm.data.example import Corpus, tokenize
+from lm.data.example import tokenize
 from lm.data.files import Unit
 from lm.data.inspect import train_tokenizer
 from lm.data.ngram import baselines
-from lm.data.pipeline import Layout, Loader, make_loader
+from lm.data.pipeline import Layout
 from lm.data.source import Source, load_source
+from lm.data.splits import NO_START, Splits
 from lm.data.tokenizer import CharTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
 
 
@@ -24,7 +21,8 @@ class TextData:
     Attributes:
       source: 'headlines', 'headlines/original', 'text:PATH' or 'tfds:NAME'.
       tokenizer: 'teeny_gpt', 'chars', 'bpe:8192' or 'wordpiece:8192', trained on the training
-        split where there is something to train; or the path of a tokenizer.json or its directory.
+        split where there is something to train; or the path of a tokenizer.json or its directory;
+        or '' for that of the model which a run starts from.
       length: T, places of a row.
       layout: 'rows' for one document a row; 'pack' for documents end to end, cut where a row ends;
         'fit' for whole documents, as many as fit a row. Each is a segment of its own.
@@ -64,6 +62,8 @@ class TextData:
             return train_tokenizer(kind, self.load("train"), unknown="unk")
         if kind in ("bpe", "wordpiece") and size.isdigit():
             return train_tokenizer(kind, self.load("train"), int(size))
+        if not self.tokenizer:
+            raise ValueError(NO_START)
         if Path(self.tokenizer).exists():
             return load_tokenizer(self.tokenizer)
         raise ValueError(
@@ -72,57 +72,34 @@ class TextData:
         )
 
 
-class Corpora:
+class Corpora(Splits):
     """The tokenized splits of a `TextData`, each made when it is first asked for."""
 
     def __init__(self, config: TextData, tokenizer: Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
-        self.split: Callable[[str], Corpus] = functools.cache(
-            lambda name: tokenize(config.load(name), tokenizer)
+        self.config = config
+        source_length = config.source_length or config.length
+        super().__init__(
+            lambda split: tokenize(config.load(split), tokenizer),
+            tokenizer,
+            config.length,
+            config.layout,
+            source_length if config.source_field else None,
         )
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the training text or its tokens do."""
-        return self.split("train").fingerprint
-
-    def train(self, batch_size: int, seed: int, start: int = 0) -> Loader:
-        """Returns this process's rows of the global training batches from `start` on."""
-        return self._load("train", batch_size, seed=seed, start=start)
-
-    def validation(self, batch_size: int) -> Loader:
-        """Returns the validation split once, in order."""
-        return self.evaluation("validation", batch_size)
-
-    def evaluation(self, split: str, batch_size: int) -> Loader:
-        """Returns a split once, in order, the last batch filled with rows of weight 0."""
-        return self._load(split, batch_size, shuffle=False, epochs=1)
+        return self.examples("train").fingerprint
 
     def bits_per_character(self, nats_per_token: float, split: str = "validation") -> float:
         """Returns the loss of a whole split in bits per character, end-of-text symbols included."""
-        corpus = self.split(split)
+        corpus = self.examples(split)
         predictions = len(corpus.tokens.flat) - len(corpus)
         return nats_per_token * predictions / corpus.num_chars / math.log(2)
 
     def baselines(self, split: str = "validation") -> dict[str, float]:
         """Returns the bits per character of n-gram models trained on the training split."""
-        held_out = self.split(split)
+        held_out = self.examples(split)
         return baselines(
-            self.split("train"), held_out, held_out.num_chars, self.tokenizer.vocab_size
-        )
-
-    def _load(self, split: str, batch_size: int, **options) -> Loader:
-        config = self.config
-        source_length = config.source_length or config.length
-        return make_loader(
-            self.split(split),
-            batch_size=batch_size,
-            length=config.length,
-            layout=config.layout,
-            vocab_size=self.tokenizer.vocab_size,
-            pad_id=self.tokenizer.pad_id or 0,
-            source_length=source_length if config.source_field else None,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **options,
+            self.examples("train"), held_out, held_out.num_chars, self.tokenizer.vocab_size
         )

@@ -95,6 +95,14 @@ def start_id(tokenizer: Tokenizer) -> int:
     return start
 
 
+def fingerprint(content: str, tokenizer: Tokenizer) -> str:
+    """Returns a string that changes whenever what is read, or the tokenizer's files, do."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save(scratch)
+        saved = [path.read_bytes() for path in sorted(Path(scratch).iterdir())]
+    return hashlib.sha256(b"\0".join([content.encode(), *saved])).hexdigest()[:32]
+
+
 def tokenize(source: Source, tokenizer: Tokenizer) -> Corpus:
     """Returns a source's documents as [start] text [end], tokenized once and kept in the cache.
 
@@ -105,10 +113,7 @@ def tokenize(source: Source, tokenizer: Tokenizer) -> Corpus:
     Raises:
       ValueError: the tokenizer has no end-of-text token, or makes ids outside its vocabulary.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save(scratch)
-        saved = [path.read_bytes() for path in sorted(Path(scratch).iterdir())]
-    digest = hashlib.sha256(b"\0".join([source.fingerprint.encode(), *saved])).hexdigest()[:32]
+    digest = fingerprint(source.fingerprint, tokenizer)
     folder = cache_dir() / "tokens" / digest
     build_once(folder, lambda: _write(source, tokenizer, folder))
     num_chars, num_bytes = np.load(folder / "sizes.npy").tolist()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -88,6 +88,18 @@ def named_split(path: str) -> str | None:
     return next((part for part in parts[:2] if part in SPLITS), None)
 
 
+def named_splits(paths: Sequence[str]) -> dict[str, str | None]:
+    """Returns path -> the split that it names; ValueError if some name one and others do not."""
+    splits = {path: named_split(path) for path in paths}
+    without = [path for path, split in splits.items() if split is None]
+    if without and len(without) < len(splits):
+        raise ValueError(
+            f"Some files are named after a split ({', '.join(SPLITS)}) and {without[0]} is not: "
+            f"name all of them or none."
+        )
+    return splits
+
+
 def documents(config: FilesConfig) -> Iterator[tuple[str, Text]]:
     """Yields (split, text) for every document that is not blank.
 
@@ -97,14 +109,7 @@ def documents(config: FilesConfig) -> Iterator[tuple[str, Text]]:
     Raises:
       ValueError: some files name a split and others do not, or a file cannot be read.
     """
-    splits = {path: named_split(path) for path in config.paths}
-    without = [path for path, split in splits.items() if split is None]
-    if without and len(without) < len(splits):
-        raise ValueError(
-            f"Some files are named after a split ({', '.join(SPLITS)}) and {without[0]} is not: "
-            f"name all of them or none."
-        )
-    for path, split in splits.items():
+    for path, split in named_splits(config.paths).items():
         for document in _read(path, config):
             if document.text.strip():
                 yield split or split_of(document.text), document

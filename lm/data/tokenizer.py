@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lm.data.chat import Messages, render_chat
+from lm.data.chat import GREETING, Messages, find_replies, overlaps, render_chat
 from lm.data.text import fold
 
 Unknown = Literal["raise", "drop", "unk"]
@@ -221,9 +221,15 @@ class SubwordTokenizer:
         encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text without special tokens."""
-        return self.library.decode([int(i) for i in ids])
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Returns the text, without special tokens unless `special`."""
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    @functools.cached_property
+    def specials(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        added = self.library.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
 
     def apply_chat_template(
         self, messages: Messages, add_generation_prompt: bool = False, **values: Any
@@ -238,12 +244,46 @@ class SubwordTokenizer:
         Raises:
           ValueError: if there is no template, or it refuses the messages.
         """
+        template, tokens = self._template()
+        values = {**tokens, "add_generation_prompt": add_generation_prompt, **values}
+        return render_chat(template, messages, **values)
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Returns the ids of a conversation, up to where the next reply begins."""
+        return self.encode(self.apply_chat_template(messages, True), special=True)
+
+    def encode_replies(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """Returns the ids of a conversation, and for each the number of the reply it belongs to.
+
+        Replies count from 1, the rest is 0 (`lm.data.chat.find_replies`).
+
+        Raises:
+          ValueError: if there is no template, or it does not write the replies as they are.
+        """
+        template, tokens = self._template()
+        text, spans = find_replies(template, messages, self.specials, **tokens)
+        encoding = self._parser.encode(text, add_special_tokens=False)
+        numbers = [
+            next((n for n, span in enumerate(spans, 1) if overlaps(offsets, span)), 0)
+            for offsets in encoding.offsets
+        ]
+        return encoding.ids, numbers
+
+    @functools.cached_property
+    def end_of_turn(self) -> int | None:
+        """The special token that ends a reply in the chat template, or None."""
+        try:
+            ids, numbers = self.encode_replies(GREETING)
+        except ValueError:  # No reply to learn it from; the end of the text stops it then.
+            return None
+        last = [token for token, number in zip(ids, numbers) if number][-1]
+        return last if last in self.specials.values() else None
+
+    def _template(self) -> tuple[str, dict[str, str]]:
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template: write the prompt yourself")
         tokens = {"pad_token": self.pad, "bos_token": self.bos, "eos_token": self.eos}
-        tokens = {name: token for name, token in tokens.items() if token}
-        values = {**tokens, "add_generation_prompt": add_generation_prompt, **values}
-        return render_chat(self.chat_template, messages, **values)
+        return self.chat_template, {name: token for name, token in tokens.items() if token}
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json, its config and chat template, as Hugging Face reads them."""

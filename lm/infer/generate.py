@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.core.context import Context
+from lm.data.chat import Messages
 from lm.infer.decoding import (
     CACHED,
     KEY_TYPE,
@@ -26,6 +27,7 @@ from lm.models.encdec import EncoderDecoder
 from lm.ops.sampling import Sampling
 
 Setting = float | Sequence[float]
+Text = str | Messages
 
 
 class Generated(NamedTuple):
@@ -186,7 +188,7 @@ def generate_until(
 
 def generate(
     loaded: Any,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[Text],
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int] = (),
@@ -197,7 +199,9 @@ def generate(
     Args:
       loaded: has `.model`, `.params` and `.tokenizer`.
       prompts: texts; one string counts as one prompt. They follow the tokenizer's start token, if
-        it has one. For an encoder-decoder they are what the encoder reads.
+        it has one. For an encoder-decoder they are what the encoder reads. Or conversations, each a
+        list of messages with 'role' and 'content': what follows is the next reply, as the chat
+        template has it, up to the token that ends its turn.
       max_new_tokens: at most that many tokens each.
       stop_ids: further tokens that end a text; they are not part of it.
       options: those of `generate_tokens`.
@@ -206,7 +210,7 @@ def generate(
       ValueError: as `generate_tokens`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    stop_ids = _stops(loaded.tokenizer, stop_ids)
+    stop_ids = _stops(loaded.tokenizer, stop_ids, prompts)
     new = generate_tokens(
         loaded.model,
         loaded.params,
@@ -223,14 +227,14 @@ def generate(
 
 def stream(
     loaded: Any,
-    prompt: str,
+    prompt: Text,
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int] = (),
     **options: Any,
 ) -> Iterator[str]:
     """Yields the text of `generate` for one prompt, piece by piece; arguments as there."""
-    stop_ids = _stops(loaded.tokenizer, stop_ids)
+    stop_ids = _stops(loaded.tokenizer, stop_ids, [prompt])
     rows = {name: value and value[0] for name, value in _encoded(loaded, [prompt]).items()}
     tokens = stream_tokens(
         loaded.model,
@@ -383,11 +387,14 @@ def _fold_rows(seed: jax.Array, count: int) -> jax.Array:
     return jax.random.key_data(keys)
 
 
-def _stops(tokenizer: Any, stop_ids: Sequence[int]) -> list[int]:
-    return [*stop_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+def _stops(tokenizer: Any, stop_ids: Sequence[int], prompts: Sequence[Text]) -> list[int]:
+    ends = [tokenizer.eos_id]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        ends.append(getattr(tokenizer, "end_of_turn", None))
+    return [*stop_ids, *(token for token in dict.fromkeys(ends) if token is not None)]
 
 
-def _encoded(loaded: Any, texts: Sequence[str]) -> dict[str, Rows | None]:
+def _encoded(loaded: Any, texts: Sequence[Text]) -> dict[str, Rows | None]:
     if isinstance(loaded.model, EncoderDecoder):
         return {"prompts": None, "source": [encode_source(loaded.tokenizer, t) for t in texts]}
     return {"prompts": [encode(loaded.tokenizer, t) for t in texts], "source": None}

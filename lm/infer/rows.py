@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.data.chat import Messages
+
 Rows = Sequence[Sequence[int]]
 
 
@@ -68,12 +70,19 @@ def width_of(rows: Rows, model: Any, least: int = 16) -> int:
     return width if model.max_length is None else min(width, model.max_length)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str | Messages) -> list[int]:
     """Returns the ids of a text as models meet it in training: after bos, or eos if there is none.
 
     Where the tokenizer has neither, or says that texts do not start with one, the ids of the text
-    stand alone; but not if there are none.
+    stand alone; but not if there are none. A conversation is encoded by the chat template.
+
+    Raises:
+      ValueError: for a conversation, if there is no chat template, or it refuses the messages.
     """
+    if not isinstance(text, str):
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("this model has no chat template: give it text, not a conversation")
+        return tokenizer.encode_chat(text)
     ids = tokenizer.encode(text)
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if start is None or (ids and not getattr(tokenizer, "starts", True)):

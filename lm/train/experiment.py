@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 
@@ -30,6 +30,7 @@ class Data(Protocol):
     Attributes:
       tokenizer: saved with the run, or None.
       fingerprint: changes whenever the data do; a run is not resumed on other data.
+      about: a line for the plan; it may be missing.
     """
 
     tokenizer: Any
@@ -48,7 +49,11 @@ class Data(Protocol):
 
 
 class DataConfig(Protocol):
-    """A frozen dataclass that says what data to read."""
+    """A frozen dataclass that says what data to read.
+
+    Where it has a field `tokenizer` that is '', `make` is given the tokenizer of the model that
+    the run starts from.
+    """
 
     def make(self) -> Data: ...
 
@@ -124,8 +129,10 @@ class Experiment:
       train: how long and how often.
       objective: what is minimised.
       trainable: the table of what trains; None is everything, or if there is an adapter that alone
-        and the head of a task.
+        and the head of a task. By name: 'full' is everything, without the adapter, and 'adapter' is
+        what None is, where there is one.
       adapter: low-rank leaves beside the model's kernels, or None.
+      init_from: what to start from, anything that `lm.load` opens; '' is fresh parameters.
       mesh: how the devices are laid out.
       wandb: project to log to on Weights & Biases, '' for none.
     """
@@ -136,10 +143,20 @@ class Experiment:
     optimizer: Optimizer
     train: TrainConfig
     objective: Objective = GENERATIVE
-    trainable: Table | None = None
+    trainable: Table | Literal["full", "adapter"] | None = None
     adapter: LoRA | None = None
+    init_from: str = ""
     mesh: MeshShape = ALL_DATA
     wandb: str = ""
+
+    def __post_init__(self) -> None:
+        if self.trainable == "adapter" and self.adapter is None:
+            raise ValueError("the experiment has no adapter that could train alone: give it one")
+        # What a name says stands in these two fields, so that equal experiments have one config.
+        if self.trainable == "full":
+            object.__setattr__(self, "adapter", None)
+        if isinstance(self.trainable, str):
+            object.__setattr__(self, "trainable", None)
 
     @property
     def table(self) -> Table:
@@ -148,6 +165,7 @@ class Experiment:
 
     def recipe(self) -> Recipe:
         """Returns what the train step needs of it, with schedules as long as the run."""
+        assert not isinstance(self.trainable, str)
         recipe = Recipe(
             self.model,
             self.objective,

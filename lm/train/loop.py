@@ -15,6 +15,7 @@ import numpy as np
 
 from lm.train.experiment import Experiment
 from lm.train.metrics import MetricsLog, Record, plot_curves, read_metrics
+from lm.train.preview import show_example
 from lm.train.progress import Progress, Signals, Stopwatch
 from lm.train.run import Run, means
 
@@ -51,7 +52,7 @@ def train(
     *,
     checkpoint_dir: str | Path | None = None,
     params: Any = None,
-    init_from: str = "",
+    tokenizer: Any = None,
     echo: Echo = print,
     progress: bool = True,
 ) -> Result:
@@ -68,7 +69,8 @@ def train(
       checkpoint_dir: another place for the checkpoints, such as gs://bucket/run.
       params: parameters to start from instead of fresh ones, or a function that returns them; a
         resumed run has its own, and does not call it.
-      init_from: where `params` come from; saved with the run, and the same when it goes on.
+      tokenizer: of what the run starts from, or a function that returns it; data that name no
+        tokenizer of their own take it.
       echo: prints a line or more.
       progress: whether to draw a progress bar, where the output is a terminal.
 
@@ -78,8 +80,10 @@ def train(
       TrainingError: if the loss or the gradient becomes NaN or infinite.
       CheckpointError: if a checkpoint cannot be written or read.
     """
-    run = Run(experiment, Path(run_dir).expanduser(), checkpoint_dir, params, init_from)
+    run = Run(experiment, Path(run_dir).expanduser(), checkpoint_dir, params, tokenizer)
     echo(f"{experiment.name}\n{run.plan}")
+    if run.step == 0:
+        show_example(run.first, run.data.tokenizer, echo)
     try:
         log = MetricsLog(run.run_dir, run.step, experiment.name, experiment.wandb, run.saved_config)
         try:
@@ -135,6 +139,8 @@ class Loop:
         run, config = self.run, self.run.config
         self.watch, self.tokens, self.logged_step = Stopwatch(), 0, run.step
         pending: Pending | None = None
+        if run.step == 0 and run.experiment.init_from and config.eval_every:
+            self.begin()
         while not (stopped := self.reason_to_stop()):
             batch = next(run.batches)
             tokens = int(np.count_nonzero(batch.segments)) * jax.process_count()
@@ -149,6 +155,14 @@ class Loop:
             # The signal came after the last look at it in the loop.
             self.pause(self.read(pending))
         return stopped
+
+    def begin(self) -> None:
+        """Validates what the run starts from, so that a gain can be told from it."""
+        self.watch.stop()
+        values = self.run.validate()
+        self.log.write({"step": 0, **{f"validation_{n}": value for n, value in values.items()}})
+        self.echo(f"step      0  validation loss {values['loss']:.4f}")
+        self.watch.start()
 
     def reason_to_stop(self) -> str:
         """Returns why not to take another step, or ''."""

@@ -27,7 +27,9 @@ class MetricsLog:
 
         self.run = start_wandb(wandb, name, run_dir, config) if wandb else None
         self.path = run_dir / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        # A run that begins anew validates its start anew, and so writes step 0 again.
+        old = read_metrics(self.path) if step else []
+        kept = [record for record in old if record["step"] <= step]
         replace_file(self.path, "".join(map(as_line, kept)))
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lm.core.batch import Batch
 from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
+from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choose
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
@@ -60,6 +61,7 @@ class Run:
       state: on its devices; under pmap with a leading device axis.
       standing: validations so far.
       batches: endless host batches, from the one this step takes.
+      first: the first batch that it takes.
       plan: what the run costs.
       checkpoints: of the run.
     """
@@ -70,7 +72,7 @@ class Run:
         run_dir: Path,
         checkpoint_dir: str | Path | None = None,
         params: Any = None,
-        init_from: str = "",
+        tokenizer: Any = None,
     ) -> None:
         """Prepares a run; arguments and errors as of `lm.train.loop.train`."""
         self.experiment, self.config, self.run_dir = experiment, experiment.train, run_dir
@@ -85,11 +87,10 @@ class Run:
                 "pmap is plain data parallelism: leave the mesh at its default, or train with "
                 "train.parallel 'jit'"
             )
-        self.data: Data = experiment.data.make()
+        self.data = open_data(experiment.data, run_dir, tokenizer)
         check_tokenizer(self.data.tokenizer, experiment.model.vocab_size)
-        self.saved_config = config_of(
-            experiment, self.data.fingerprint, init_from, getattr(self.data, "labels", ())
-        )
+        labels = getattr(self.data, "labels", ())
+        self.saved_config = config_of(experiment, self.data.fingerprint, labels)
         check_run_dir(run_dir, self.saved_config)
 
         where = as_path(checkpoint_dir or run_dir / "checkpoints")
@@ -98,6 +99,11 @@ class Run:
         if existing and self.step:
             state, self.standing = self.restore(existing)
         else:
+            if experiment.init_from and params is None:
+                raise ValueError(
+                    f"the experiment starts from {experiment.init_from}, and no parameters were "
+                    "given: train it by `lm train`, or with **lm.opening.start(experiment)"
+                )
             params = params() if callable(params) else params
             state = init_state(self.recipe, self.config.seed, self.state_mesh, params)
             self.standing = Standing()
@@ -136,7 +142,9 @@ class Run:
 
     def compile(self, state: TrainState) -> None:
         """Compiles the step for the shape of the batches, which it learns from the first."""
-        first = next(self.data.train(self.config.batch_size, self.config.seed, self.step))
+        self.first = first = next(
+            self.data.train(self.config.batch_size, self.config.seed, self.step)
+        )
         check_batch(first, self.experiment.model.vocab_size)
         rows, length = first.tokens.reshape(-1, first.tokens.shape[-1]).shape
         self.shape = rows * jax.process_count(), length
@@ -212,10 +220,27 @@ class Run:
             "attention": f"{choose(self.config.attention, length)}, where there is any",
             "steps": f"{self.config.steps:,}"
             + (f", of which {self.step:,} are done" if self.step else ""),
+            **({"data": about} if (about := getattr(self.data, "about", "")) else {}),
+            **({"starts from": start} if (start := self.experiment.init_from) else {}),
             "run directory": str(self.run_dir),
             "checkpoints": str(where),
         }
         return make_plan(self.recipe, state, self.shape, self.temporary_bytes, lines)
+
+
+def open_data(config: Any, run_dir: Path, tokenizer: Any) -> Data:
+    """Returns the data of a config; where its tokenizer is '', with that of the run's start.
+
+    Args:
+      config: a `DataConfig`.
+      run_dir: of the run, which has that tokenizer once it has begun.
+      tokenizer: that of the start, a function that returns it, or None if there is no start.
+    """
+    if getattr(config, "tokenizer", None) != "":
+        return config.make()
+    if (run_dir / "tokenizer.json").exists():
+        return config.make(load_tokenizer(run_dir))
+    return config.make(tokenizer() if callable(tokenizer) else tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

@@ -8,16 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lm.core.config import differences, to_json
+from lm.core.config import differences, to_json, with_defaults
 from lm.train.experiment import FREE, Experiment
 from lm.train.metrics import replace_file
+from lm.train.trainable import FULL
 
 CONFIG = "config.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 
 
 def config_of(
-    experiment: Experiment, fingerprint: str, init_from: str = "", labels: Sequence[str] = ()
+    experiment: Experiment, fingerprint: str, labels: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Returns what is saved with a run: the experiment, its data, and what software made it.
 
@@ -26,7 +27,6 @@ def config_of(
     return {
         "experiment": to_json(experiment),
         "data": fingerprint,
-        "init_from": init_from,
         "labels": list(labels),
         "versions": {"python": platform.python_version(), **installed_versions()},
         "commit": git_commit(),
@@ -52,9 +52,8 @@ def check_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
 def check_config(where: Any, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises a ValueError if what lies at `where` was made by another config, or by none."""
     try:
-        found = differences(there["experiment"], here["experiment"])
+        found = differences(experiment_of(there), here["experiment"])
         found |= differences(there["data"], here["data"], "data's fingerprint")
-        found |= differences(there.get("init_from", ""), here["init_from"], "init_from")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{where} is not of a run of this package: choose another place"
@@ -69,6 +68,17 @@ def check_config(where: Any, there: dict[str, Any], here: dict[str, Any]) -> Non
             f"{where} belongs to a run of another config: {'; '.join(wrong)}. Choose another run "
             "directory, or give the same settings to go on"
         )
+
+
+def experiment_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the experiment of a saved config as it would be saved today."""
+    saved = config["experiment"]
+    # What a run started from stood beside the experiment once, and before there were adapters the
+    # table that trains everything was the default.
+    old = {"init_from": config.get("init_from", ""), **saved}
+    if "adapter" not in saved and saved.get("trainable") == to_json(FULL):
+        old["trainable"] = None
+    return with_defaults(old)
 
 
 def claim_run_dir(run_dir: Path, config: dict[str, Any], tokenizer: Any) -> None:

@@ -1,6 +1,7 @@
 """Text in, text out: what `generate`, `stream`, `score` and `embed` make of a loaded model."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,10 @@ from lm.data.tokenizer import teeny_gpt_tokenizer, train_bpe
 from lm.infer import score as scoring
 from lm.infer.generate import generate, generate_tokens, pieces, stream
 from lm.infer.score import embed, score
+from lm.models import params
+from lm.models.families.teeny_gpt import teeny_gpt
 from tests.conformance.harness import forward, random_tokens, tiny, with_source
+from tests.data.chats import chat_tokenizer
 
 TEXTS = ["a", "the cat sat", "on the mat with another cat", "zz"]
 
@@ -207,3 +211,38 @@ def test_scoring_many_lengths_needs_few_programs(loaded, compilations):
     with compilations() as compiled:
         score(loaded, texts, batch_size=8)
     assert 0 < len(compiled) <= 6
+
+
+def test_conversations_continue_with_a_reply():
+    """It is read as the template writes it, special tokens as such; the end of a turn stops it."""
+    tokenizer = chat_tokenizer()
+    model = teeny_gpt(tokenizer.vocab_size, 64, 16, 2, 2, 2)
+    loaded = SimpleNamespace(
+        model=model, params=params.init(model, jax.random.key(0)), tokenizer=tokenizer
+    )
+    talk = [{"role": "user", "content": "What is gravity?"}]
+    prompt = "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode(prompt, special=True)
+    assert tokenizer.encode_chat(talk) == ids and tokenizer.specials["<|im_start|>"] in ids
+    stop = tokenizer.end_of_turn
+    assert stop == tokenizer.specials["<|im_end|>"]
+    options = dict(max_new_tokens=20, temperature=3.0, seed=4)
+    rows = generate_tokens(loaded.model, loaded.params, [ids], stop_ids=[stop], **options).rows()
+    assert generate(loaded, [talk], **options) == [tokenizer.decode(rows[0])]
+    assert "".join(stream(loaded, talk, **options)) == tokenizer.decode(rows[0])
+    # Another end of text does not hinder the end of a turn.
+    other = SimpleNamespace(
+        model=model, params=loaded.params, tokenizer=replace(tokenizer, eos="<|endoftext|>")
+    )
+    assert other.tokenizer.end_of_turn == stop
+    assert generate(other, [talk], **options) == generate(loaded, [talk], **options)
+    with pytest.raises(ValueError, match="no chat template"):
+        plain = SimpleNamespace(
+            model=model, params=loaded.params, tokenizer=replace(tokenizer, chat_template=None)
+        )
+        generate(plain, [talk], **options)
+
+
+def test_characters_do_not_chat(loaded):
+    with pytest.raises(ValueError, match="no chat template"):
+        generate(loaded, [[{"role": "user", "content": "a"}]], max_new_tokens=4)

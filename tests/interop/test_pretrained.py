@@ -6,6 +6,7 @@ import pytest
 import regex
 
 import lm
+from lm.data.instructions import InstructionData
 from lm.infer.generate import generate_tokens
 from lm.interop import named
 from tests.interop.test_gguf import PATTERNS, TEXTS, brute_force
@@ -112,6 +113,21 @@ def test_smollm2_tokens_and_chat(ours, where):
             theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=start_reply)
         )
     assert ours.tokenizer.eos_id == theirs.eos_token_id == 2
+
+
+def test_smollm2_trains_on_replies(ours):
+    """The tokens that train are each reply and the end of its turn; the ids are those of a chat."""
+    data = InstructionData("glaive_toolcall_en_demo", length=4096).make(ours.tokenizer)
+    talks = data.conversations["train"][:40]
+    assert max(sum(m["role"] == "assistant" for m in talk) for talk in talks) >= 4
+    for talk in [*talks, *InstructionData().make(ours.tokenizer).conversations["validation"]]:
+        ids, numbers = ours.tokenizer.encode_replies(talk)
+        text = ours.tokenizer.apply_chat_template(talk)
+        assert ids == ours.tokenizer.encode(text, special=True)
+        for number, message in enumerate((m for m in talk if m["role"] == "assistant"), 1):
+            reply = [token for token, found in zip(ids, numbers) if found == number]
+            assert ours.tokenizer.decode(reply, special=True) == message["content"] + "<|im_end|>"
+    assert ours.tokenizer.end_of_turn == ours.tokenizer.eos_id == 2
 
 
 def test_smollm2_is_given_no_token_that_it_does_not_expect(ours):

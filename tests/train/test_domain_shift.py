@@ -1,0 +1,42 @@
+"""From headlines to articles, by the experiment itself: what a start saves and LoRA recovers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The losses of three seeds, trained on one device as a user would."""
+    folder = tmp_path_factory.mktemp("shift")
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env["PYTHONPATH"] = str(ROOT)
+    start = str(folder / "headlines")
+    for words in (
+        ["-m", "lm.cli", "train", "experiments/headlines.py", "--run-dir", start],
+        ["experiments/domain_shift.py", str(folder), start],
+    ):
+        subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True)
+    rows = json.loads((folder / "losses.json").read_text())
+    print(json.dumps(rows))
+    assert len(rows) == 3
+    return rows
+
+
+def test_a_start_saves_half_the_steps(rows):
+    """Finetuned for N steps, the loss is below that of 2 N steps from scratch, for each seed."""
+    assert all(row["full"] <= row["scratch, twice the steps"] for row in rows)
+
+
+def test_lora_recovers_part_of_the_gain(rows):
+    gains = [(row["before"] - row["lora"], row["before"] - row["full"]) for row in rows]
+    assert all(full > 0 for _, full in gains)
+    assert all(lora >= 0.9 * full for lora, full in gains)
