@@ -139,6 +139,6 @@ def test_classify_prints_labels(run, folder, capsys):
         assert re.match(rf"{label}  [01]\.\d{{3}}  ", line) and line.endswith(text)
     assert main(["classify", str(folder / "body"), "--text", "a"]) == 2
     assert "has no classifier" in capsys.readouterr().err
-    lm.import_model(run, folder / "merged")
+    lm.merge_model(run, folder / "merged")
     assert lm.load(folder / "merged").labels == ("False", "True")
     assert [said for said, _ in lm.classify(lm.load(folder / "merged"), texts)] == ["True", "False"]

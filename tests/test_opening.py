@@ -126,7 +126,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hf, "save_file", fail)
     assert main(["export", str(path), str(tmp_path / "out")]) == 2
     assert "the disk is full" in capsys.readouterr().err
-    monkeypatch.setattr("lm.opening.claim_run_dir", fail)
+    monkeypatch.setattr("lm.leaving.claim_run_dir", fail)
     assert main(["import", str(path), str(tmp_path / "out")]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -87,7 +87,8 @@ def test_a_trained_adapter_goes_to_peft_and_back(folder, capsys):
     opened = lm.load(folder / "base", adapter=folder / "peft")
     assert np.abs(logits(opened) - expected).max() <= 1e-5
     # Merged, it is a model of its own, without a trace of the adapter.
-    assert main(["export", str(folder / "run"), str(folder / "merged")]) == 0
+    words = ["export", str(folder / "run"), str(folder / "merged"), "--format", "merged"]
+    assert main(words) == 0
     assert not any("adapter" in path.name for path in (folder / "merged").iterdir())
     merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")
     with torch.no_grad():
@@ -142,7 +143,10 @@ def test_mistakes_are_named_and_write_nothing(folder, tmp_path, capsys):
         (["generate", base, *generate, base], "base is neither a PEFT directory .* nor a run"),
         (["generate", other], "other holds a PEFT adapter: open its base .* --adapter"),
         (["export", base, out, "--format", "peft"], "base is no run, and only a run that trained"),
-        (["export", run, out, "--format", "gguf"], "a format is one of hf, peft, not 'gguf'"),
+        (
+            ["export", run, out, "--format", "gguf"],
+            "a format is one of hf, merged, peft, stablehlo, not 'gguf'",
+        ),
         (["export", run, llama, "--format", "peft"], "exists already"),
     ]:
         assert main(words) == 2

@@ -17,7 +17,8 @@ from lm.models import params as P
 from lm.models.adapters import LoRA
 from lm.models.families.llama import llama
 from lm.models.kernels import kernels
-from lm.opening import export_model, import_model, load
+from lm.leaving import export_model, merge_model
+from lm.opening import load
 from lm.train.loop import train
 from lm.train.objectives import Generative
 from lm.train.optimizer import AdamW
@@ -192,8 +193,8 @@ def test_a_run_that_goes_on(tmp_path):
     assert dtypes["nf4"] == "uint8" and dtypes["scales"] == "float32" and dtypes["a"] == "bfloat16"
     said = []
     for written in (
-        import_model(run, tmp_path / "merged", said.append),
-        export_model(run, tmp_path / "out", said.append),
+        merge_model(run, tmp_path / "merged", said.append),
+        export_model(run, tmp_path / "out", "merged", echo=said.append),
     ):
         there = load(written)
         assert flatten(there.params).keys() == flatten(P.abstract(model)).keys()
