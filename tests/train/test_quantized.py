@@ -12,12 +12,12 @@ from lm.core.mesh import MeshShape, make_mesh
 from lm.core.paths import flatten
 from lm.data.tokenizer import teeny_gpt_tokenizer
 from lm.interop.hf import save_directory
+from lm.leaving import export_model, merge_model
 from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.adapters import LoRA
 from lm.models.families.llama import llama
 from lm.models.kernels import kernels
-from lm.leaving import export_model, merge_model
 from lm.opening import load
 from lm.train.loop import train
 from lm.train.objectives import Generative
