@@ -95,6 +95,7 @@ CASES = [
 ]
 
 
+@pytest.mark.ledger("D09")
 @pytest.mark.parametrize("name, lora", CASES)
 def test_peft_reads_what_we_write(name, lora, base, tmp_path):
     """peft's logits are ours; and so are those of what we read back, also as peft writes it."""
