@@ -52,7 +52,7 @@ def tasks(tmp_path_factory):
             "query": sentence(rng, rng.randint(1, 12)),
             "choices": [sentence(rng, rng.randint(1, 5)) for _ in range(3)],
             "gold": rng.randrange(3),
-            "text": sentence(rng, rng.randint(20, 90)),
+            "text": sentence(rng, rng.randint(70, 90)),  # More than one window of 64 tokens.
         }
         for _ in range(12)
     ]
