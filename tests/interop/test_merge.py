@@ -27,7 +27,7 @@ torch = pytest.importorskip("torch")
     "name, kind",
     [
         ("llama", "dora"),
-        pytest.param("gpt2", "rslora", marks=pytest.mark.slow),
+        pytest.param("gpt2", "lora", marks=pytest.mark.slow),
         pytest.param("mamba", "lora", marks=pytest.mark.slow),
     ],
 )
