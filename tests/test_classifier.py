@@ -42,7 +42,7 @@ def experiment():
         data=LabelledData("toy", "bpe:300", length=16),
         objective=Conditional(),
         optimizer=AdamW(Cosine(3e-2, warmup=5)),
-        train=TrainConfig(steps=30, batch_size=16, eval_every=15),
+        train=TrainConfig(steps=30, batch_size=16),
         adapter=LoRA(rank=2),
     )
 """
