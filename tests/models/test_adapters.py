@@ -58,7 +58,10 @@ def logits(model, params, rows: int = 2, **context):
 @pytest.mark.ledger("B45")
 @pytest.mark.parametrize("name", all_families())
 def test_every_family_without_a_change(name):
-    """At first bit for bit the base; then equal to its merged form, for every projection."""
+    """At first bit for bit the base; then equal to its merged form, for every projection.
+
+    To 1e-5, of the largest logit where that is above 1: T5's are far above in its tiny form.
+    """
     model, params = tiny(name)
     kernels = adapters.kernels(model)
     assert {path for path, leaf in flatten(params).items() if path.endswith("/kernel")} - {
@@ -69,7 +72,7 @@ def test_every_family_without_a_change(name):
     changed = randomized(fresh)
     ours, merged = logits(model, changed), logits(model, adapters.merge(changed))
     assert np.abs(ours - logits(model, params)).max() > 1e-2
-    assert np.abs(ours - merged).max() <= 1e-5
+    assert np.abs(ours - merged).max() <= 1e-5 * max(1, np.abs(ours).max())
 
 
 @pytest.mark.ledger("B45")
