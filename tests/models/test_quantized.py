@@ -19,7 +19,7 @@ from tests.models.test_adapters import LORAS, adapted, logits, randomized
 
 quantize = jax.jit(quantized.quantize, static_argnums=(0, 2, 3))
 dequantize = jax.jit(quantized.dequantize, static_argnums=0)
-FAST = {("llama", "int8"), ("llama", "nf4"), ("llama", "int4")}
+FAST = {("llama", "int8"), ("llama", "nf4")}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_rounded_once():
 
 @pytest.mark.parametrize(
     "lora",
-    [pytest.param(n, marks=[] if n in ("lora", "dora") else pytest.mark.slow) for n in LORAS],
+    [pytest.param(n, marks=[] if n == "dora" else pytest.mark.slow) for n in LORAS],
 )
 def test_an_adapter_beside_quantized_kernels(lora):
     """It starts from the quantized base exactly, and equals its merged form."""

@@ -91,10 +91,8 @@ def test_equals_qwix(kind, shape, inputs):
 
 def test_equals_bitsandbytes():
     """Blocks of 64 along the input of a torch weight are our groups, codes and all."""
-    pytest.importorskip("bitsandbytes", exc_type=ImportError)
-    import torch
-    from bitsandbytes import functional
-
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch = pytest.importorskip("torch")
     kernel = random_kernel((192, 24), 2)
     weight = torch.tensor(np.asarray(kernel).T.copy())
     theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
