@@ -12,8 +12,10 @@ the smallest validation loss, which was the last):
     film_reviews.py, from scratch     0.753            0.753
     commonest label                   0.540            0.350
 
-Eight minutes on two CPU cores that other programs shared; 163 s of processor time. The baselines
-need `pip install -e '.[eval]'`.
+Eight minutes on two CPU cores that other programs shared; 163 s of processor time. In full, with
+`--adapter none --optimizer.learning-rate.peak 2e-4 --train.steps 70 --train.eval-every 35`, it is
+0.828 and 0.827, after less than half the steps and with 139 s of processor time. The baselines need
+`pip install -e '.[eval]'`.
 """
 
 from lm.data.labelled import LabelledData
