@@ -4,14 +4,15 @@
     lm train experiments/smollm2_lora.py --trainable full --run-dir runs/smollm2_full \
         --optimizer.learning-rate.peak 5e-5
 
-Measured on 2026-11-21 on two cores of an AMD EPYC (Zen 4), jax 0.10.1, seed 0, with 30 steps of 2 x 128
-tokens (`--train.steps 30 --train.eval-every 30 --train.batch-size 2 --data.length 128`), on a machine
-that ten other processes shared, so that the run had 37 % of one core. Loss is nats per token of the
-replies in the 48 held-out conversations:
+Measured on 2026-11-21 on two cores of an AMD EPYC (Zen 4), jax 0.10.1, seed 0, with 30 steps of
+2 x 128 tokens (`--train.steps 30 --train.eval-every 30 --train.batch-size 2 --data.length 128`).
+Some ten other processes shared the machine, so that the run had 37 % of one core: 7 min 30 s, of
+which it computed 3, loading, compiling and two validations included. Loss is nats per token of
+the replies in the validation split.
 
-                 before    after    weights trained    peak memory    time
-    LoRA         1.6207    1.5528       921,600           5.3 GB      7 min 30 s, 3 min of it computing
-    full         not measured yet
+             before    after     weights trained    peak memory
+    LoRA     1.6207    1.5528            921,600         5.3 GB
+    full     not measured yet
 
 The command as it stands, 60 steps of 4 x 256 tokens, is not measured yet, and nor is a GPU.
 """
