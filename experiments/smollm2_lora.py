@@ -7,8 +7,8 @@
 Measured on 2026-11-21 on two cores of an AMD EPYC (Zen 4), jax 0.10.1, seed 0, with 30 steps of
 2 x 128 tokens (`--train.steps 30 --train.eval-every 30 --train.batch-size 2 --data.length 128`).
 Other processes shared the machine: LoRA had 37 % of one core and full finetuning 69 %. Times have
-loading, compiling and two validations in them. Loss is nats per token of the replies in the
-validation split.
+loading, compiling and two validations in them, and the replies at the end, during which LoRA's
+process was stopped. Loss is nats per token of the replies in the validation split.
 
              before    after     weights trained    peak memory    time          computing
     LoRA     1.6207    1.5528            921,600         5.3 GB    7 min 50 s    2 min 57 s
