@@ -100,13 +100,8 @@ def score(
             raise ValueError(f"text {index} has no token to predict: give it more text")
     scores: list[Score] = [Score(0.0, 0.0, 0)] * len(rows)
     for group in groups(rows, batch_size):
-        some, count = rows_at(rows, group), bucket(len(group))
-        tokens, segments = pack(some, width_of(some, model), count)
-        ctx = Context(segments_BT=segments, dtype=dtype)
-        if has_encoder:
-            source = rows_at(sources, group)
-            source_tokens, source_segments = pack(source, width_of(source, model), count)
-            ctx = ctx.replace(source_BS=source_tokens, source_segments_BS=source_segments)
+        tokens, ctx = packed(model, rows, sources, group, bucket(len(group)))
+        ctx = ctx.replace(dtype=dtype)
         nll = np.asarray(_score_rows(model, loaded.params, tokens, ctx), np.float64)
         for row, index in enumerate(group):
             # Column t is about token t + 1.
@@ -214,13 +209,8 @@ def loglikelihood_tokens(
     found: list[Likelihood] = [Likelihood(0.0, False)] * len(inputs)
     # The longest first: what does not fit into memory fails at once.
     for group in reversed(groups(inputs, batch_size)):
-        some = rows_at(inputs, group)
-        tokens, segments = pack(some, width_of(some, model), count)
-        ctx = Context(segments_BT=segments, dtype=dtype)
-        if has_encoder:
-            source = rows_at(sources, group)
-            source_tokens, source_segments = pack(source, width_of(source, model), count)
-            ctx = ctx.replace(source_BS=source_tokens, source_segments_BS=source_segments)
+        tokens, ctx = packed(model, inputs, sources, group, count)
+        ctx = ctx.replace(dtype=dtype)
         targets_BN = np.zeros((count, min(most, tokens.shape[1])), np.int32)
         places_BN = np.zeros_like(targets_BN)
         for row, index in enumerate(group):
@@ -281,6 +271,23 @@ def groups(rows: Rows, batch_size: int) -> list[list[int]]:
     """Returns the rows' numbers in batches of similar length."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def packed(
+    model: Any, rows: Rows, sources: Rows, group: Sequence[int], count: int
+) -> tuple[np.ndarray, Context]:
+    """Returns the (count, T) tokens of some of the rows, and the context of reading them.
+
+    An encoder-decoder reads their sources beside them.
+    """
+    some = rows_at(rows, group)
+    tokens, segments = pack(some, width_of(some, model), count)
+    ctx = Context(segments_BT=segments)
+    if isinstance(model, EncoderDecoder):
+        some = rows_at(sources, group)
+        source, source_segments = pack(some, width_of(some, model), count)
+        ctx = ctx.replace(source_BS=source, source_segments_BS=source_segments)
+    return tokens, ctx
 
 
 def rows_at(rows: Rows, group: Sequence[int]) -> Rows:
