@@ -16,14 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from lm.core.runtime import prepare
-from lm.data.corpus import TextData
-from lm.data.labelled import labelled_texts
-from lm.models.adapters import LoRA
-from lm.models.families.teeny_gpt import teeny_gpt
-from lm.ops.rotary import Rotary
-from lm.train.experiment import Experiment, TrainConfig
-from lm.train.optimizer import AdamW
-from lm.train.schedule import Cosine
+
+if __name__ == "__main__":
+    prepare()  # What it settles must be settled before anything imports jax.
+
+from lm.data.corpus import TextData  # noqa: E402
+from lm.data.labelled import labelled_texts  # noqa: E402
+from lm.models.adapters import LoRA  # noqa: E402
+from lm.models.families.teeny_gpt import teeny_gpt  # noqa: E402
+from lm.ops.rotary import Rotary  # noqa: E402
+from lm.train.experiment import Experiment, TrainConfig  # noqa: E402
+from lm.train.optimizer import AdamW  # noqa: E402
+from lm.train.schedule import Cosine  # noqa: E402
 
 FOLDER = Path("runs/domain_shift")
 SEEDS = (0, 1, 2)
@@ -104,5 +108,4 @@ def main(folder: str = str(FOLDER), start: str = "runs/headlines") -> None:
 
 
 if __name__ == "__main__":
-    prepare()
     main(*sys.argv[1:])

@@ -64,7 +64,7 @@ def test_an_adapter_leaves_merged_or_by_itself(tuned, tmp_path, capsys):
     assert kinds == {"bfloat16"}
     capsys.readouterr()
     for words, message in [
-        (["--format", "onnx"], "a format is one of hf, merged, stablehlo"),
+        (["--format", "onnx"], "a format is one of hf, merged, peft, stablehlo"),
         (["--cache-length", "12"], "cache_length are of --format stablehlo, not of hf"),
         (["--format", "merged", "--dtype", "float16"], "dtype is 'float32' or 'bfloat16'"),
         (["--format", "merged", "--dtype", "bfloat16"], "merging moves logits by up to"),

@@ -108,6 +108,7 @@ def test_several_lie_beside_one_base(folder):
         lm.generate(several, ["police", "fire"], adapters=[0, 2], max_new_tokens=4)
 
 
+@pytest.mark.slow
 def test_commands_take_an_adapter(folder, capsys, monkeypatch):
     """generate, chat and evaluate say with --adapter what they say of the run that trained it."""
     base, run = str(folder / "base"), str(folder / "run")

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lm.data.chat import GREETING, Messages, find_replies, overlaps, render_chat
 from lm.data.text import fold
+from lm.data.tokenizer_config import OTHERS, read_tokenizer_config
 
 Unknown = Literal["raise", "drop", "unk"]
 _FORMAT = "lm.char.v1"
@@ -137,7 +138,6 @@ class CharTokenizer:
         (Path(path) / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
-_OTHERS = ("unk", "cls", "sep", "mask")
 _CHAR_FIELDS = ("symbols", "pad", "bos", "eos", "unk", "unknown", "folds")
 
 
@@ -354,7 +354,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     )
     library.train_from_iterator(texts, trainer)
     library.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    others = tuple((name, f"[{name.upper()}]") for name in _OTHERS)
+    others = tuple((name, f"[{name.upper()}]") for name in OTHERS)
     return SubwordTokenizer(library, pad="[PAD]", bos="[CLS]", eos="[SEP]", others=others)
 
 
@@ -383,27 +383,3 @@ def load_tokenizer(path: str | Path) -> CharTokenizer | SubwordTokenizer:
     except Exception as error:  # The library raises bare exceptions.
         raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
     return SubwordTokenizer(library, **read_tokenizer_config(path.parent))
-
-
-def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    """Returns the fields of `SubwordTokenizer` that the files beside a tokenizer.json say."""
-    config, template = path / "tokenizer_config.json", path / "chat_template.jinja"
-    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    fields = _special_tokens(content)
-    chat = content.get("chat_template")
-    if isinstance(chat, list):  # Several by name, in older files.
-        chat = {entry["name"]: entry["template"] for entry in chat}.get("default")
-    fields["chat_template"] = template.read_text(encoding="utf-8") if template.exists() else chat
-    fields["starts"] = content.get("add_bos_token", True)
-    return fields
-
-
-def _special_tokens(content: dict[str, Any]) -> dict[str, Any]:
-    names = ("pad", "bos", "eos", *_OTHERS)
-    tokens = {name: content.get(f"{name}_token") for name in names}
-    texts = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t}
-    others = tuple((name, texts.pop(name)) for name in _OTHERS if name in texts)
-    # BERT's tokenizers name the places of their special tokens otherwise.
-    fallback = {"bos": dict(others).get("cls"), "eos": dict(others).get("sep")}
-    found = {name: text for name, text in fallback.items() if text} | texts
-    return {**found, "others": others} if others else found

@@ -7,7 +7,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from lm.data.tokenizer import SubwordTokenizer, load_tokenizer, read_tokenizer_config
+from lm.data.tokenizer import SubwordTokenizer, load_tokenizer
+from lm.data.tokenizer_config import read_tokenizer_config
 
 WORDPIECE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 BYTE_PAIRS = ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer")

@@ -35,6 +35,7 @@ def test_same_ids(name, text):
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
 
 
+@pytest.mark.slow
 def test_every_character_is_folded_alike():
     ours, theirs = OURS["teeny_gpt"], THEIRS["teeny_gpt"]
     every = [c for c in map(chr, range(sys.maxunicode + 1)) if not "\ud800" <= c <= "\udfff"]

@@ -58,6 +58,7 @@ def test_clean():
     assert clean("Cafe\u0301   opens www.x.org/a?b") == "Café opens"
 
 
+@pytest.mark.slow
 def test_both_configurations_split_alike(headlines, original):
     # What a model of one was trained on is no test for a model of the other.
     splits = collections.defaultdict(set)

@@ -63,6 +63,7 @@ def test_counts_every_token_after_the_start():
     assert histories.tolist() == [[9, 5], [5, 3], [3, 4], [9, 5]]
 
 
+@pytest.mark.slow
 def test_baselines_of_the_headlines(original, validation):
     train = tokenize(original["train"], teeny_gpt_tokenizer())
     bits = baselines(train, validation, validation.num_chars, 29)

@@ -181,6 +181,7 @@ def test_an_encoder_decoder_reads_the_context_as_its_source(monkeypatch):
     assert [ids for _, *ids in seen] == [[[5, 6, 7, 1], [8, 9]], [[1], [8]]]
 
 
+@pytest.mark.slow
 def test_replies_do_not_depend_on_the_batch(loaded):
     settings = {"until": [" sat"], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5}
     short = {"until": ["\n"], "max_gen_toks": 3}

@@ -45,6 +45,7 @@ def test_rates_by_hand():
         repeated_bigram_rate(["one", "two"])
 
 
+@pytest.mark.slow
 def test_cold_repeats_and_hot_is_nonsense(loaded):
     """Greedy samples are one text again and again, all of it in a lexicon made of that text."""
     cold = draw_samples(loaded, max_new_tokens=50, temperatures=(0.0,), count=1)[0.0][0]

@@ -217,7 +217,7 @@ def assert_same_gradients(grads, theirs, loaded: Loaded) -> None:
         for name, parameter in theirs.named_parameters()
         if parameter.grad is not None
     }
-    for module in modules_of(get_weights(loaded), loaded):
+    for module in modules_of(get_weights(loaded), loaded.model, flatten(loaded.params)):
         prefix = f"base_model.model.{module.name}."
         if f"{prefix}lora_A.weight" not in expected:
             continue

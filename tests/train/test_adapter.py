@@ -135,9 +135,9 @@ def test_zeros_of_lower_ranks_stay():
     "changes",
     [
         {"frozen_dtype": "bfloat16"},
-        {"adapter": replace(EVERY, dropout=0.2)},
+        pytest.param({"adapter": replace(EVERY, dropout=0.2)}, marks=pytest.mark.slow),
         {"adapter": replace(EVERY, dora=True), "dtype": "bfloat16", "remat": "full"},
-        {"optimizer": Muon(Constant(1e-2))},
+        pytest.param({"optimizer": Muon(Constant(1e-2))}, marks=pytest.mark.slow),
     ],
     ids=["base in bfloat16", "dropout", "dora in bfloat16", "muon"],
 )

@@ -165,7 +165,7 @@ def talking(tmp_path_factory):
     )
     loaded = Loaded(model, P.init(model, jax.random.key(0)), tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm.opening.load_merged", lambda source: loaded)
+        patch.setattr("lm.leaving.load_dequantized", lambda source, echo: loaded)
         lm.import_model("made here", folder / "base")
     rows = [{"prompt": f"Add {n} and 2.", "completion": "It is 4."} for n in range(200)]
     source = write(folder / "rows.jsonl", rows)

@@ -217,7 +217,7 @@ class EveryPlace(Masked):
 
 
 @pytest.mark.ledger("L59")
-@pytest.mark.parametrize("rate", [0.15, 1.0])
+@pytest.mark.parametrize("rate", [0.15, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_head_at_masked_places_equals_head_everywhere(rate):
     """Loss, counts and gradients; no row lacks a place that was drawn."""
     model = bert.FAMILY.build(**bert.FAMILY.tiny, heads="masked", dropout=0.1)
