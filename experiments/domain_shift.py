@@ -7,7 +7,16 @@ The teenyGPT of the headlines goes on with articles of BBC News: in full, and by
 attention (4,096 weights, 0.51 %); beside them a fresh one is trained for twice the steps.
 `lm train experiments/domain_shift.py` is the run by LoRA alone, once the study has begun.
 
-Not measured yet.
+Measured on 2026-11-21 on two cores of an AMD EPYC (Zen 4), jax 0.10.1, in 3 min 17 s beside other
+work: nats per character of the validation articles, by seed. Before, it is 1.6285 for all of them.
+
+    seed    full, 30 steps    full, 60    LoRA, 60    scratch, 60    scratch, 120    LoRA's share
+    0               1.6212      1.5490      1.5605         2.2390          2.1216           85.5 %
+    1               1.6520      1.5633      1.5613         2.2676          2.1536          103.1 %
+    2               1.6075      1.5508      1.5622         2.2540          2.1349           85.3 %
+
+So 60 steps from the headlines are far ahead of 120 from scratch. LoRA's share is of the gain of
+full finetuning: 91 % in the mean, and below 90 % for two seeds of three. No rate was tuned.
 """
 
 import json
