@@ -84,6 +84,7 @@ def run(folder, printed):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_head_trains_beside_the_adapter(folder, run):
     """What was pretrained stays bit for bit; the adapter, the pooler and the classifier move."""
     before = flatten(lm.load(folder / "body").params)

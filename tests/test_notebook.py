@@ -33,6 +33,7 @@ def execute(name: str, folder: pathlib.Path) -> list[nbformat.NotebookNode]:
 
 
 @pytest.mark.ledger("D11")
+@pytest.mark.slow
 def test_quickstart(tmp_path, monkeypatch, offline):
     """In three minutes it trains, samples and adapts, and the last cell prints lower losses."""
     # It compiles much and computes little.

@@ -67,6 +67,7 @@ def logits(loaded, **options):
     return np.asarray(loaded.logits(ids(61), **options))
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_goes_to_peft_and_back(folder, capsys):
     """peft's logits on the base are those of the run; and those of the adapter that we read."""
     run = lm.load(folder / "run")

@@ -15,9 +15,8 @@ from lm.models.zoo import all_families
 
 FAMILIES = all_families()
 B, T = 2, 12
-LONGEST = {"vanilla"}  # T5 is an encoder-decoder too.
-# In the columns that take longest one family of each kind stands for the others.
-COLUMNS, KINDS = {"resume", "remat", "devices"}, {"gpt2", "bert", "t5", "mamba"}
+# In the fast tests one family of each kind stands for the others.
+KINDS = {"gpt2", "bert", "t5", "mamba"}
 
 
 @functools.cache
@@ -78,5 +77,4 @@ def cells(cell: str):
     Those that take longest run with the slow tests.
     """
     names = [name for name, family in FAMILIES.items() if cell not in family.inapplicable]
-    slow = LONGEST | (FAMILIES.keys() - KINDS if cell in COLUMNS else set())
-    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
+    return [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in names]

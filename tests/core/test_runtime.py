@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -18,6 +20,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_prepare_refuses_a_wrong_jaxlib(tmp_path):
     code = (
         "from lm.core import runtime; runtime.jaxlib_version = lambda: '0.10.2'; "
@@ -26,6 +29,7 @@ def test_prepare_refuses_a_wrong_jaxlib(tmp_path):
     assert "ValueError: jaxlib 0.10.2 computes wrong sums" in run(code).stderr
 
 
+@pytest.mark.slow
 def test_an_absent_accelerator_is_refused(tmp_path):
     done = run(f"from lm.core import runtime; runtime.prepare('tpu', {str(tmp_path)!r})")
     last = done.stderr.strip().splitlines()[-1]

@@ -70,6 +70,7 @@ def test_both_configurations_split_alike(headlines, original):
 
 
 @pytest.mark.ledger("D07")
+@pytest.mark.slow
 def test_builds_from_the_cache_with_no_network(headlines, wheels, cache, monkeypatch):
     shutil.copytree(wheels, cache / "packages")
     monkeypatch.setattr(packages.subprocess, "run", lambda *a, **k: pytest.fail("pip was run"))
@@ -79,6 +80,7 @@ def test_builds_from_the_cache_with_no_network(headlines, wheels, cache, monkeyp
 
 
 @pytest.mark.ledger("D07")
+@pytest.mark.slow
 def test_pip_builds_it_from_nothing_but_a_registry(headlines, wheels, cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))  # To pip a registry is a list of files.

@@ -89,6 +89,7 @@ def run(model, tasks):
     )
 
 
+@pytest.mark.slow
 def test_tasks_give_what_the_backend_of_transformers_gives(loaded, tasks, tmp_path):
     pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM

@@ -21,6 +21,7 @@ def loaded():
     return SimpleNamespace(model=model, params=params, tokenizer=teeny_gpt_tokenizer())
 
 
+@pytest.mark.slow
 def test_samples_differ_and_are_reproducible(loaded, tmp_path):
     samples = draw_samples(loaded, max_new_tokens=20, prompt="the ")
     assert list(samples) == [0.5, 1.0] and all(len(texts) == 10 for texts in samples.values())

@@ -86,6 +86,7 @@ def test_metrics_by_hand():
     assert one["accuracy"] == 1 and "accuracy_stderr" not in one
 
 
+@pytest.mark.slow
 def test_a_run_over_tasks(package, loaded):
     lines = []
     found = run_tasks(loaded, ["hellaswag", "lambada"], batch_size=4, echo=lines.append)

@@ -44,6 +44,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mamba", "t5")]
 
 
 @pytest.mark.parametrize("name", ["llama", *SLOW])
+@pytest.mark.slow
 def test_each_prompt_has_its_adapter(name, compilations):
     """A mixed batch gives what each adapter gives alone; other numbers compile nothing."""
     model, params, several, alone = with_three(name)

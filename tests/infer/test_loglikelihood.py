@@ -63,6 +63,7 @@ def brute_force(model, params, context, continuation):
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("mamba", marks=pytest.mark.slow), "t5"])
+@pytest.mark.slow
 def test_equals_brute_force(name):
     model, params = one_layer(name)
     loaded = SimpleNamespace(model=model, params=params)

@@ -165,6 +165,7 @@ def test_score_of_an_encoder_decoder(each):
         assert ours.sum == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_predict_in_chunks_equals_at_once(each, monkeypatch):
     tokens = random_tokens(each.model, (2, 11))
     targets = random_tokens(each.model, (2, 11), seed=1)

@@ -31,6 +31,7 @@ torch = pytest.importorskip("torch")
         pytest.param("mamba", "lora", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_merged_export_equals_base_and_adapter(name, kind, tmp_path):
     """Read again here, and by transformers."""
     model, params = tiny(name)

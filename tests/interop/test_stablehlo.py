@@ -52,6 +52,7 @@ def folder_of(tmp_path_factory):
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "mamba"))]
 )
+@pytest.mark.slow
 def test_programs_run_without_this_package(name, folder_of):
     """Greedy tokens of prompts of two lengths, by the program of the README."""
     code = ALONE + program_of(folder_of(name))

@@ -167,6 +167,7 @@ def classify(loaded: Loaded, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
+@pytest.mark.slow
 def test_version_5(name, tmp_path):
     loaded = write(name, tmp_path)
     read(tmp_path)

@@ -161,6 +161,7 @@ def test_encoder_without_a_head_says_so():
 
 
 @pytest.mark.ledger("B14")
+@pytest.mark.slow
 def test_two_tower_shares_the_api():
     """Two encoders, parameters of their own, read tokens and ctx.source as other models do."""
     module = make_torch("BertModel")

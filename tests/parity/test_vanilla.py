@@ -51,6 +51,7 @@ def make_torch(**changes):
 
 @pytest.mark.ledger("B21", "N02")
 @pytest.mark.parametrize("changes", [{}, UNEVEN], ids=["paper", "uneven"])
+@pytest.mark.slow
 def test_equals_transformers(changes):
     module = make_torch(**changes)
     _, params = seq2seq.assert_parity(FAMILY, module)
@@ -59,6 +60,7 @@ def test_equals_transformers(changes):
 
 
 @pytest.mark.ledger("B14")
+@pytest.mark.slow
 def test_decoder_reads_the_source():
     seq2seq.assert_conditional(*hf.import_torch(FAMILY, make_torch()))
 

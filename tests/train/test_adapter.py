@@ -141,6 +141,7 @@ def test_zeros_of_lower_ranks_stay():
     ],
     ids=["base in bfloat16", "dropout", "dora in bfloat16", "muon"],
 )
+@pytest.mark.slow
 def test_it_learns(changes):
     recipe = replace(RECIPE, **changes)
     before = start(recipe)
@@ -154,6 +155,7 @@ def test_it_learns(changes):
     assert last < first - 0.3
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     """The step on eight devices, parameters and heads divided, gives one device's numbers."""
     recipe = replace(RECIPE, model=tiny_model(vocab_size=12))
@@ -170,6 +172,7 @@ def test_on_a_mesh():
             np.testing.assert_allclose(flatten(eight)[path], leaf, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_adapter(tmp_path):
     """Trained on given parameters, stopped and gone on, and opened with its adapter."""
     quiet = {"echo": lambda line: None, "progress": False}

@@ -232,6 +232,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(words, message, talking, c
     assert not never.exists()
 
 
+@pytest.mark.slow
 def test_chat_and_generate_by_the_template(talking, capsys, monkeypatch):
     """`lm chat` remembers what was said; both read it as the template writes it."""
     base = str(talking / "base")

@@ -451,6 +451,7 @@ def saving(run_dir) -> bool:
     return any("tmp" in path.name for path in (run_dir / "checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 def test_kill_9_changes_nothing(tmp_path):
     kill_at_random(tmp_path, num_kills=2, steps=60, seed=0)
 

@@ -216,8 +216,9 @@ class EveryPlace(Masked):
         return sums.loss, sums.weight, {"masked_accuracy": (sums.correct, sums.weight)}
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("L59")
-@pytest.mark.parametrize("rate", [0.15, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rate", [0.15, 1.0])
 def test_head_at_masked_places_equals_head_everywhere(rate):
     """Loss, counts and gradients; no row lacks a place that was drawn."""
     model = bert.FAMILY.build(**bert.FAMILY.tiny, heads="masked", dropout=0.1)
@@ -313,6 +314,7 @@ def test_a_mask_outside_of_the_vocabulary_is_refused():
 
 
 @pytest.mark.ledger("B41")
+@pytest.mark.slow
 def test_alpha_mix():
     """Its value and its gradient are those of the two losses, mixed, for one set of parameters."""
     model = make_model()
