@@ -22,6 +22,7 @@ from lm.models.families.gpt2 import gpt2
 from lm.train.experiment import load_experiment
 from lm.train.state import fresh_params
 
+pytestmark = pytest.mark.slow
 EXPERIMENT = """
 from lm.data.labelled import LabelledData
 from lm.layers.pool import Dense, MeanPool
@@ -84,7 +85,6 @@ def run(folder, printed):
     return folder / "run"
 
 
-@pytest.mark.slow
 def test_the_head_trains_beside_the_adapter(folder, run):
     """What was pretrained stays bit for bit; the adapter, the pooler and the classifier move."""
     before = flatten(lm.load(folder / "body").params)

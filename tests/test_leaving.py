@@ -48,6 +48,7 @@ def tuned(tmp_path_factory):
     return write_run(folder / "run", model, {3: params}, LORAS["lora"], data)
 
 
+@pytest.mark.slow
 def test_an_adapter_leaves_merged_or_by_itself(tuned, tmp_path, capsys):
     """The plain format has no place for it, and says what has."""
     assert main(["export", str(tuned), str(tmp_path / "out")]) == 2

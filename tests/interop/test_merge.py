@@ -85,6 +85,7 @@ def test_all_outputs_are_compared(name):
         assert merge.drift(model, params, moved)[0] > 0, path
 
 
+@pytest.mark.slow
 def test_drift_is_refused_with_its_size(tmp_path):
     """Rounded to bfloat16, the kernels move more than is allowed; what is not a number too."""
     model, params = tiny("llama")

@@ -176,6 +176,7 @@ def talking(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_instructions_through_the_template_of_the_start(talking, capsys):
     """The tokenizer comes with the start; an example is shown; only replies count; it goes on."""
     words = ["train", str(talking / "talk.py"), "--run-dir", str(talking / "run")]
