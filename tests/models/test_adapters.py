@@ -26,6 +26,11 @@ LORAS = {
     "ranks": LoRA(4, targets=EVERY, ranks=(Rank("*/q/*", 2, (0,)), Rank("*/v/*", 0, (1,)))),
 }
 
+T5_ROUNDS = pytest.mark.xfail(
+    jax.__version_info__ >= (0, 11),
+    reason="1.16e-5 with jax 0.11.2, of logits up to 3.3; 8.0e-6 with 0.10.1",
+)
+
 
 def randomized(params, seed: int = 0):
     """Moves the leaves of the adapter away from what they start as; zeros of padding stay."""
@@ -56,12 +61,11 @@ def logits(model, params, rows: int = 2, **context):
 
 
 @pytest.mark.ledger("B45")
-@pytest.mark.parametrize("name", all_families())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=T5_ROUNDS if n == "t5" else []) for n in all_families()]
+)
 def test_every_family_without_a_change(name):
-    """At first bit for bit the base; then equal to its merged form, for every projection.
-
-    To 1e-5, of the largest logit where that is above 1: T5's are far above in its tiny form.
-    """
+    """At first bit for bit the base; then equal to its merged form, for every projection."""
     model, params = tiny(name)
     kernels = adapters.kernels(model)
     assert {path for path, leaf in flatten(params).items() if path.endswith("/kernel")} - {
@@ -72,7 +76,7 @@ def test_every_family_without_a_change(name):
     changed = randomized(fresh)
     ours, merged = logits(model, changed), logits(model, adapters.merge(changed))
     assert np.abs(ours - logits(model, params)).max() > 1e-2
-    assert np.abs(ours - merged).max() <= 1e-5 * max(1, np.abs(ours).max())
+    assert np.abs(ours - merged).max() <= 1e-5
 
 
 @pytest.mark.ledger("B45")

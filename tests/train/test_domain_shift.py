@@ -37,8 +37,8 @@ def test_a_start_saves_half_the_steps(rows):
     assert all(row["full"] <= row["scratch, twice the steps"] for row in rows)
 
 
+@pytest.mark.xfail(reason="measured 85.5, 103.1 and 85.3 %: the claim held for one seed of three")
 def test_lora_recovers_most_of_the_gain(rows):
-    """At least 80 % for each seed; the 90 % that is often claimed held for one of three."""
     gains = [(row["before"] - row["lora"], row["before"] - row["full"]) for row in rows]
     assert all(full > 0 for _, full in gains)
-    assert all(lora >= 0.8 * full for lora, full in gains)
+    assert all(lora >= 0.9 * full for lora, full in gains)
