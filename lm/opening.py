@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lm.core.config import from_json
 from lm.core.mesh import param_sharding, replicated
-from lm.core.paths import flatten, map_with_path, shape_differences, unflatten
+from lm.core.paths import flatten, map_with_path, partition, shape_differences, unflatten
 from lm.core.paths import merge as join
 from lm.data.tokenizer import load_tokenizer
 from lm.interop import gguf, hf, merge, named, peft
@@ -20,7 +20,7 @@ from lm.interop.loaded import Loaded
 from lm.interop.peft_config import base_of, check_base
 from lm.models import adapters, quantized
 from lm.models import params as P
-from lm.models.tasks import task_of
+from lm.models.tasks import HEAD, part_of, task_of
 from lm.ops.quantize import KINDS
 from lm.train.checkpoint import load_params
 from lm.train.experiment import Experiment
@@ -31,8 +31,6 @@ from lm.train.trainable import table_of, trained_paths
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Source = str | Path
 Echo = Callable[[str], None]
-# What a task puts on a body that was pretrained without it.
-HEAD = ("pooler", "classifier")
 
 
 def silent(line: str) -> None:
@@ -107,7 +105,10 @@ def with_adapters(loaded: Loaded, adapter: Source | Sequence[Source]) -> Loaded:
         return with_adapter(loaded, Path(adapter))
     if len(adapter) == 0:
         raise ValueError("there is no adapter: give at least one, or adapter=None")
-    each = [adapters.split(with_adapter(loaded, Path(one)).params)[1] for one in adapter]
+    opened = [with_adapter(loaded, Path(one)) for one in adapter]
+    if any(task_of(one.model) is not None for one in opened):
+        raise ValueError("each adapter of a classifier has a head of its own: open one at a time")
+    each = [adapters.split(one.params)[1] for one in opened]
     return dataclasses.replace(loaded, params=adapters.stack(loaded.params, each))
 
 
@@ -127,12 +128,24 @@ def with_adapter(loaded: Loaded, path: Path) -> Loaded:
         )
     run = load_run(path, None, None)
     check_frozen(path, run.params)
-    if wrong := shape_differences(P.abstract(run.model), P.abstract(loaded.model)):
+    # A classifier brings the head that it trained, whatever head the base has.
+    classifies = task_of(run.model) is not None
+    brought = ("head", *HEAD) if classifies else ()
+
+    def body(params: Any) -> dict:
+        return partition(params, lambda name: part_of(name) not in brought)[0]
+
+    if wrong := shape_differences(body(P.abstract(run.model)), body(P.abstract(loaded.model))):
         raise ValueError(f"{path} is an adapter of another base: {wrong}")
     if loaded.model != run.model:
         check_base(base_of(run.model), base_of(loaded.model), path)
-    _, leaves = adapters.split(run.params)
-    return dataclasses.replace(loaded, params=join(loaded.params, leaves))
+    leaves, _ = partition(
+        run.params, lambda name: adapters.is_adapter(name) or part_of(name) in brought
+    )
+    if classifies:
+        own = dict(model=run.model, labels=run.labels, tokenizer=loaded.tokenizer or run.tokenizer)
+        loaded = dataclasses.replace(loaded, **own)
+    return dataclasses.replace(loaded, params=join(body(loaded.params), leaves))
 
 
 def is_run(source: Source) -> bool:
@@ -141,7 +154,7 @@ def is_run(source: Source) -> bool:
 
 
 def check_frozen(path: Path, params: Any) -> None:
-    """Refuses a run whose adapter is not all that it trained, or that has none.
+    """Refuses a run that trained more than an adapter and a classifier's head, or no adapter.
 
     Raises:
       ValueError: naming a parameter of the base that it trained.
@@ -151,7 +164,9 @@ def check_frozen(path: Path, params: Any) -> None:
     experiment = read_config(path)["experiment"]
     names = ("trainable", "model", "adapter")
     trained = trained_paths(table_of(*(from_json(experiment.get(n)) for n in names)), params)
-    if others := sorted(name for name in trained if not adapters.is_adapter(name)):
+    heads = HEAD if "classifier" in params else ()
+    others = [p for p in trained if not adapters.is_adapter(p) and part_of(p) not in heads]
+    if others := sorted(others):
         raise ValueError(
             f"the run {path} trained {others[0]} beside its adapter, so that the adapter alone is "
             "not what it learned: open the run itself, or export it with --format merged"
@@ -231,11 +246,6 @@ def initial_params(source: Source | Loaded, model: Any, seed: int = 0, echo: Ech
         kept |= dict(zip(fresh, draw()))
     # The state is laid out on a mesh, from wherever they come.
     return jax.device_get(unflatten(kept))
-
-
-def part_of(path: str) -> str:
-    """Returns which part of a model a leaf belongs to: 'stack', 'classifier'."""
-    return path.partition("/")[0]
 
 
 def start(experiment: Experiment) -> dict[str, Any]:

@@ -140,6 +140,10 @@ def test_classify_prints_labels(run, folder, capsys):
         assert re.match(rf"{label}  [01]\.\d{{3}}  ", line) and line.endswith(text)
     assert main(["classify", str(folder / "body"), "--text", "a"]) == 2
     assert "has no classifier" in capsys.readouterr().err
+    # The head comes with the adapter, onto a body that has none.
+    assert lm.classify(lm.load(folder / "body", adapter=run), texts) == lm.classify(
+        lm.load(run), texts
+    )
     lm.merge_model(run, folder / "merged")
     assert lm.load(folder / "merged").labels == ("False", "True")
     assert [said for said, _ in lm.classify(lm.load(folder / "merged"), texts)] == ["True", "False"]

@@ -105,6 +105,13 @@ def test_several_lie_beside_one_base(folder):
     ours = logits(several, adapters=[1, 0])
     np.testing.assert_allclose(ours[0], logits(alone[1])[0], atol=1e-5)
     np.testing.assert_allclose(ours[1], logits(alone[0])[1], atol=1e-5)
+    texts = ["police fire", "storm", "fire fire police storm"]
+    scores, vectors = (read(several, texts, adapters=[1, 0, 1]) for read in (lm.score, lm.embed))
+    for text, which, found, vector in zip(texts, (1, 0, 1), scores, vectors):
+        assert abs(found.sum - lm.score(alone[which], [text])[0].sum) <= 1e-4, text
+        np.testing.assert_allclose(vector, lm.embed(alone[which], [text])[0], atol=1e-5)
+    with pytest.raises(ValueError, match="choose with adapters="):
+        lm.score(several, texts)
     with pytest.raises(ValueError, match="no adapter 2: this model has 0 to 1, and -1 is the base"):
         lm.generate(several, ["police", "fire"], adapters=[0, 2], max_new_tokens=4)
 

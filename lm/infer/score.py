@@ -19,6 +19,7 @@ from lm.infer.rows import (
     pack,
     width_of,
 )
+from lm.models.adapter_rows import Adapters, choose
 from lm.models.encdec import EncoderDecoder
 from lm.ops.loss import token_nll
 
@@ -59,6 +60,7 @@ def score(
     *,
     batch_size: int = 32,
     dtype: str = "float32",
+    adapters: Adapters = None,
 ) -> list[Score]:
     """Returns ln p of each text, or of each pair's second text given its first.
 
@@ -71,10 +73,11 @@ def score(
         target).
       batch_size: rows that are read at once; rows of similar length go together.
       dtype: the compute dtype.
+      adapters: which of the model's adapters each text meets (`lm.models.adapter_rows.choose`).
 
     Raises:
-      ValueError: if a text is too long, there is nothing to predict in it, or the model is
-        bidirectional.
+      ValueError: if a text is too long, there is nothing to predict in it, the model is
+        bidirectional, or has not the adapters asked for.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     check_causal(model)
@@ -98,10 +101,12 @@ def score(
     for index, (row, context) in enumerate(zip(rows, contexts)):
         if len(row) <= context:
             raise ValueError(f"text {index} has no token to predict: give it more text")
+    adapter_N = choose(loaded.params, adapters, len(rows))
     scores: list[Score] = [Score(0.0, 0.0, 0)] * len(rows)
     for group in groups(rows, batch_size):
-        tokens, ctx = packed(model, rows, sources, group, bucket(len(group)))
-        ctx = ctx.replace(dtype=dtype)
+        count = bucket(len(group))
+        tokens, ctx = packed(model, rows, sources, group, count)
+        ctx = ctx.replace(dtype=dtype, adapter_B=adapters_at(adapter_N, group, count))
         nll = np.asarray(_score_rows(model, loaded.params, tokens, ctx), np.float64)
         for row, index in enumerate(group):
             # Column t is about token t + 1.
@@ -238,7 +243,12 @@ def check_causal(model: Any) -> None:
 
 
 def embed(
-    loaded: Any, texts: Sequence[str], *, batch_size: int = 32, dtype: str = "float32"
+    loaded: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    adapters: Adapters = None,
 ) -> np.ndarray:
     """Returns the mean over each text's places of the last hidden states, (num_texts, D) fp32.
 
@@ -248,7 +258,8 @@ def embed(
     Args: as of `score`.
 
     Raises:
-      ValueError: if a text is too long, or has no token at all.
+      ValueError: if a text is too long, or has no token at all, or the model has not the adapters
+        asked for.
     """
     model = loaded.model
     if isinstance(model, EncoderDecoder):
@@ -257,11 +268,13 @@ def embed(
         read = encode if model.causal else encode_both_ends
     rows = [read(loaded.tokenizer, text) for text in texts]
     check(rows, model, "text")
+    adapter_N = choose(loaded.params, adapters, len(rows))
     vectors = [np.zeros(0)] * len(rows)
     for group in groups(rows, batch_size):
-        some = rows_at(rows, group)
-        tokens, segments = pack(some, width_of(some, model), bucket(len(group)))
-        means = np.asarray(_mean_rows(model, loaded.params, tokens, segments, dtype))
+        some, count = rows_at(rows, group), bucket(len(group))
+        tokens, segments = pack(some, width_of(some, model), count)
+        ctx = Context(dtype=dtype, adapter_B=adapters_at(adapter_N, group, count))
+        means = np.asarray(_mean_rows(model, loaded.params, tokens, segments, ctx))
         for row, index in enumerate(group):
             vectors[index] = means[row]
     return np.stack(vectors)
@@ -288,6 +301,15 @@ def packed(
         source, source_segments = pack(some, width_of(some, model), count)
         ctx = ctx.replace(source_BS=source, source_segments_BS=source_segments)
     return tokens, ctx
+
+
+def adapters_at(
+    adapter_N: np.ndarray | None, group: Sequence[int], count: int
+) -> np.ndarray | None:
+    """Returns the (count,) adapters of some of the rows; the base alone where there is no row."""
+    if adapter_N is None:
+        return None
+    return np.append(adapter_N[list(group)], np.full(count - len(group), -1, np.int32))
 
 
 def rows_at(rows: Rows, group: Sequence[int]) -> Rows:
@@ -353,13 +375,13 @@ def _score_places(
     return predict(model, params, tokens_BT, targets_BN, ctx, places_BN)
 
 
-@partial(jax.jit, static_argnames=("model", "dtype"))
-def _mean_rows(model, params, tokens_BT: Array, segments_BT: Array, dtype: str) -> Array:
+@partial(jax.jit, static_argnames="model")
+def _mean_rows(model, params, tokens_BT: Array, segments_BT: Array, ctx: Context) -> Array:
     if isinstance(model, EncoderDecoder):
-        ctx = Context(source_segments_BS=segments_BT, dtype=dtype)
+        ctx = ctx.replace(source_segments_BS=segments_BT)
         x_BTD = model.apply({"params": params}, tokens_BT, ctx, method="encode")
     else:
-        ctx = Context(segments_BT=segments_BT, dtype=dtype)
+        ctx = ctx.replace(segments_BT=segments_BT)
         x_BTD, _ = model.apply({"params": params}, tokens_BT, ctx, method="hidden")
     kept_BT1 = (segments_BT != 0)[..., None]
     total_BD = jnp.where(kept_BT1, x_BTD.astype(jnp.float32), 0.0).sum(axis=1)

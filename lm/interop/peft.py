@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -32,8 +33,10 @@ from lm.interop.peft_config import (
     targets,
     task_of_class,
 )
+from lm.interop.peft_whole import check_whole, module_names, take_whole, with_head, write_head
 from lm.models import adapters, quantized
 from lm.models.foreign import Linear, Weight
+from lm.models.tasks import HEAD, part_of
 from lm.models.zoo import family_of
 
 TENSORS = "adapter_model.safetensors"
@@ -76,7 +79,8 @@ def is_directory(path: Path) -> bool:
 def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
     """Writes the adapter of a model as a directory that `peft.PeftModel.from_pretrained` opens.
 
-    It appears whole or not at all.
+    The head of a classifier goes with it, as modules that replace the base's. It appears whole or
+    not at all.
 
     Args:
       loaded: a model whose parameters hold one adapter.
@@ -118,6 +122,12 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
         tensors[f"{PREFIX}{name}{B}"] = each.b_OR
         if each.m_O is not None:
             tensors[f"{PREFIX}{name}{MAGNITUDE}"] = each.m_O
+    head = write_head(loaded.model, table, flat)
+    if head and (both := [path for path in paths if part_of(path) in HEAD]):
+        raise ValueError(
+            f"{both[0]} has an adapter and is trained whole: peft takes one of the two"
+        )
+    tensors |= {f"{PREFIX}{name}": array for name, array in head.items()}
     (architecture,) = config["architectures"]
     values = {
         "peft_type": "LORA",
@@ -125,6 +135,7 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
         "base_model_name_or_path": base or None,
         **sizes({name: (len(each.a_RI), each.scale) for name, each in factors.items()}),
         "target_modules": targets(factors.keys(), every),
+        "modules_to_save": module_names(head),
         "fan_in_fan_out": any(not m.row.layout.transposed for m in modules if m.name in factors),
         "use_dora": dora == {True},
         "use_rslora": False,
@@ -144,6 +155,8 @@ def save_adapter(loaded: Loaded, path: str | Path, base: str = "") -> Path:
 def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
     """Returns a model with the adapter of a PEFT directory beside its kernels.
 
+    A head that the adapter brings replaces the base's, or stands on a base without one.
+
     Args:
       loaded: the base, without an adapter.
       path: a directory with adapter_config.json and adapter_model.safetensors.
@@ -161,8 +174,15 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
     check_config(config)
     tensors, metadata = _read_tensors(path / TENSORS)
     check_base(json.loads(metadata.get(BASE, "{}")), base_of(loaded.model), path)
+    whole = {n.removeprefix(PREFIX): tensors.pop(n) for n in [*tensors] if ".lora_" not in n}
+    loaded = with_head(loaded, config.get("task_type"), whole)
+    table = family_of(loaded.model).weights(loaded.model)
     flat = flatten(quantized.dequantize(loaded.model, loaded.params))
-    modules = list(modules_of(family_of(loaded.model).weights(loaded.model), loaded.model, flat))
+    named = [*whole]
+    heads = take_whole(table, flat, whole)
+    check_whole(config.get("modules_to_save"), [name for name in named if name not in whole])
+    tensors |= {f"{PREFIX}{name}": array for name, array in whole.items()}
+    modules = list(modules_of(table, loaded.model, flat))
     if not any(is_target(module.name, config["target_modules"]) for module in modules):
         raise ValueError(
             f"no module of this base fits target_modules = {config['target_modules']!r} of "
@@ -178,7 +198,9 @@ def load_adapter(loaded: Loaded, path: str | Path) -> Loaded:
     if tensors:
         names = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path / TENSORS} has tensors that nothing in this base maps: {names}")
-    new = dict(flatten(loaded.params))
+    new = flatten(loaded.params) | heads
+    if lost := [name for name, leaf in new.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
+        raise ValueError(f"neither this base nor the adapter has {', '.join(lost)}")
     for ours, repeats in found.items():
         new.update(adapters.leaves_beside(ours, _stack(repeats, flat[ours])))
     return dataclasses.replace(loaded, params=unflatten(new))

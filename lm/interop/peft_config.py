@@ -15,14 +15,16 @@ from lm.models.zoo import family_of
 CONFIG = "adapter_config.json"
 # Keys that are read, and keys that say nothing about the function computed.
 READ = ("peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-READ += ("use_rslora", "use_dora", "bias", "init_lora_weights")
+READ += ("use_rslora", "use_dora", "bias", "init_lora_weights", "modules_to_save", "task_type")
 INERT = ("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode")
 INERT += ("lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision")
-INERT += ("runtime_config", "task_type")
+INERT += ("runtime_config",)
 # Other ways to start change the base, too, so that the adapter belongs to another one.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 TASKS = {"CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 TASKS |= dict.fromkeys(("ConditionalGeneration", "MTModel"), "SEQ_2_SEQ_LM")
+TASKS |= {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+TASKS |= {"ForQuestionAnswering": "QUESTION_ANS"}
 # model_type -> endings of modules that peft refuses, or whose weight the class reads past it.
 UNREACHED = {"mamba": ("mixer.out_proj", "mixer.dt_proj")}
 # How long a text may be is no question of what the layers compute.

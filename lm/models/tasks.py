@@ -23,6 +23,8 @@ TASKS = {
     "ForQuestionAnswering": "span",
     "ForMultipleChoice": "choice",
 }
+# Parts of a model that a task puts on a body.
+HEAD = ("pooler", "classifier")
 DECODER_TASKS = {name: task for name, task in TASKS.items() if task != "choice"}
 
 
@@ -78,6 +80,11 @@ def _pooler(model: Any, kernel_init: Init) -> nn.Module:
         return LastToken()
     last = isinstance(model, EncoderDecoder)
     return Dense(LastToken() if last else FirstToken(), kernel_init=kernel_init)
+
+
+def part_of(path: str) -> str:
+    """Returns which part of a model a leaf belongs to: 'stack', 'classifier'."""
+    return path.partition("/")[0]
 
 
 def task_of(model: Any) -> str | None:

@@ -258,7 +258,10 @@ def without(tensors, part):
 EDITS = {
     "of another kind": (dict(peft_type="LOHA"), "peft_type of .* is 'LOHA'"),
     "trained biases": (dict(bias="all"), "bias of .* is 'all'"),
-    "whole modules": (dict(modules_to_save=["lm_head"]), "modules_to_save = .* not implemented"),
+    "whole modules": (
+        dict(modules_to_save=["lm_head"]),
+        "modules_to_save .* names 'lm_head', and no",
+    ),
     "changed base": (dict(init_lora_weights="pissa"), "init_lora_weights of .* is 'pissa'"),
     "unknown key": (dict(use_new=True), "use_new = True, which is not implemented"),
     "another rank": (dict(r=5), r"lora_A.weight has shape \(4, 32\), and rank 5 .* \(5, 32\)"),
