@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 
 from lm.models.family import IGNORABLE
+from lm.models.tasks import task_of
 from lm.models.zoo import family_of
 
 CONFIG = "adapter_config.json"
@@ -29,6 +30,8 @@ TASKS |= {"ForQuestionAnswering": "QUESTION_ANS"}
 UNREACHED = {"mamba": ("mixer.out_proj", "mixer.dt_proj")}
 # How long a text may be is no question of what the layers compute.
 LENGTHS = ("max_position_embeddings", "n_positions")
+# Nor does a classifier's body depend on the head, or on the decoder, that went for it.
+GONE = ("tie_word_embeddings", "num_decoder_layers")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -121,7 +124,8 @@ def base_of(model: nn.Module) -> dict[str, Any]:
         config = family_of(model).write_config(model)
     except ValueError:
         return {}
-    kept = {k: v for k, v in config.items() if not IGNORABLE.fullmatch(k) and k not in LENGTHS}
+    left_out = LENGTHS if task_of(model) is None else (*LENGTHS, *GONE)
+    kept = {k: v for k, v in config.items() if not IGNORABLE.fullmatch(k) and k not in left_out}
     return {"model_type": config["model_type"], **json.loads(json.dumps(kept))}
 
 

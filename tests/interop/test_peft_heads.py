@@ -29,8 +29,7 @@ TARGETS = {"bert": ["query", "value"], "t5": ["q", "v"], "gpt2": ["c_attn"]}
 SLOW = pytest.mark.slow
 CASES = [
     ("bert", "sequence"),
-    ("llama", "sequence"),
-    *(pytest.param(name, "sequence", marks=SLOW) for name in ("gpt2", "t5")),
+    *(pytest.param(name, "sequence", marks=SLOW) for name in ("llama", "gpt2", "t5")),
     *(pytest.param(name, "token", marks=SLOW) for name in ("bert", "llama", "t5")),
     *(pytest.param(name, "span", marks=SLOW) for name in ("bert", "gpt2")),
     pytest.param("bert", "choice", marks=SLOW),

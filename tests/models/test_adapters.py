@@ -16,7 +16,7 @@ from lm.models.adapters import LoRA, Rank
 from lm.models.families.llama import llama
 from lm.models.families.teeny_gpt import teeny_gpt
 from lm.models.zoo import all_families
-from tests.conformance.harness import forward, random_tokens, tiny, with_source
+from tests.conformance.harness import KINDS, forward, random_tokens, tiny, with_source
 
 EVERY = ("*/kernel",)
 LORAS = {
@@ -62,7 +62,11 @@ def logits(model, params, rows: int = 2, **context):
 
 @pytest.mark.ledger("B45")
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=T5_ROUNDS if n == "t5" else []) for n in all_families()]
+    "name",
+    [
+        pytest.param(n, marks=T5_ROUNDS if n == "t5" else [] if n in KINDS else [pytest.mark.slow])
+        for n in all_families()
+    ],
 )
 def test_every_family_without_a_change(name):
     """At first bit for bit the base; then equal to its merged form, for every projection."""
@@ -177,7 +181,7 @@ def test_each_row_has_its_adapter(dtype, tolerance):
     np.testing.assert_array_equal(base, logits(model, params, 5))
 
 
-@pytest.mark.parametrize("name", ["t5", "bert", "mamba"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bert", marks=pytest.mark.slow), "mamba"])
 def test_rows_of_other_families(name):
     model, params = tiny(name)
     one = adapted(model, params, LoRA(3, targets=EVERY))
@@ -211,7 +215,9 @@ def test_dropout_reaches_the_adapter_alone():
     np.testing.assert_array_equal(off, logits(model, changed))
 
 
-@pytest.mark.parametrize("unroll, remat", [(1, "none"), (1, "full"), (3, "dots")])
+@pytest.mark.parametrize(
+    "unroll, remat", [(1, "none"), pytest.param(1, "full", marks=pytest.mark.slow), (3, "dots")]
+)
 def test_scanned_equals_unrolled(unroll, remat):
     model, params = tiny("llama")
     changed = adapted(model, params, LORAS["dora"])

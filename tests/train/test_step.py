@@ -205,7 +205,7 @@ def assert_same_params(ours, theirs):
 
 
 @pytest.mark.ledger("D03")
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_pmap_equals_one_device(parts):
     """Five steps: losses, gradients, SGD's parameters; and replicas the same bit for bit."""
     recipe = recipe_of(optimizer=Sgd(Constant(0.1)), micro_batches=parts)
@@ -257,7 +257,7 @@ SGD, MUON = Sgd(Constant(0.1)), Muon(Constant(1e-3))
     [
         ("data", SGD),
         pytest.param("fsdp", SGD, marks=pytest.mark.slow),
-        ("tensor", SGD),
+        pytest.param("tensor", SGD, marks=pytest.mark.slow),
         pytest.param("tensor", MUON, marks=pytest.mark.slow),
     ],
 )
