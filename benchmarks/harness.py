@@ -1,8 +1,8 @@
 """Contestants against each other: interleaved blocks, one active at a time, medians of ratios.
 
-Each contestant is a process of its own (`benchmarks.worker`) that is blocked on a pipe while another
-runs. Rounds go A B C, then C B A; a ratio is of two times of one round, so that a machine that slows
-down slows both.
+Each contestant is a process of its own (`benchmarks.worker`) that is blocked on a pipe while
+another runs. Rounds go A B C, then C B A; a ratio is of two times of one round, so that a machine
+that slows down slows both.
 """
 
 import json
@@ -68,7 +68,7 @@ class Process:
                 f"{contestant.name} is left out: less than {LEAST_FREE >> 30} GB of memory are free"
             )
         self.contestant = contestant
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         spec = json.dumps({"make": contestant.make, "options": dict(contestant.options)})
         command = [contestant.python or sys.executable, "-m", "benchmarks.worker", spec]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -220,10 +220,8 @@ def started(
     begun = report["make_seconds"] + report["warm"][next(iter(phases))]["first_seconds"]
     report["first_seconds"] = begun
     done.contestants[contestant.name] = report
-    echo(
-        f"{contestant.name}: {begun:.1f} s to the first result, {report['import_seconds']:.1f} s of "
-        "imports before"
-    )
+    imports = report["import_seconds"]
+    echo(f"{contestant.name}: {begun:.1f} s to the first result, after {imports:.1f} s of imports")
     return process
 
 

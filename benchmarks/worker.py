@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +26,16 @@ class Work(NamedTuple):
     """What the function that makes a contestant returns.
 
     Attributes:
-      run: `run(count, **phase)` does `count` units of work, waits for them, and returns a JSON value
-        for each, such as its loss or its tokens; the harness compares them between contestants.
-      facts: what the report says of it, JSON; 'tokens' are the tokens of a unit, 'flops' its floating
-        point operations, where they are known.
+      run: `run(count, **phase)` does `count` units of work, waits for them, and returns a JSON
+        value for each, such as its loss or its tokens, which the commands compare.
+      facts: what the report says of it, JSON; 'tokens' are the tokens of a unit, 'flops' its
+        floating point operations, where they are known.
+      device_peak: returns the largest number of bytes in use on an accelerator; 0 on a CPU.
     """
 
     run: Callable[..., list[Any]]
     facts: dict[str, Any] = {}
+    device_peak: Callable[[], int] = int
 
 
 def installed(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -80,7 +83,7 @@ def begin(make: str, options: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
     """Makes a contestant's work; returns it with its facts and the seconds that it took.
 
     Raises:
-      ImportError: if a package that it needs is not installed.
+      ModuleNotFoundError: if a package that it needs is not installed.
     """
     module, _, name = make.partition(":")
     start = time.perf_counter()
@@ -105,8 +108,9 @@ def main() -> None:
         reply(report)
         for line in sys.stdin:
             request = json.loads(line)
-            reply(measured(lambda: work.run(request["count"], **request["phase"])))
-    except ImportError as error:
+            block = measured(partial(work.run, request["count"], **request["phase"]))
+            reply({**block, "device_peak": work.device_peak()})
+    except ModuleNotFoundError as error:
         traceback.print_exc()
         reply({"missing": error.name or str(error)})
     except Exception as error:
