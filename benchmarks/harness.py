@@ -213,7 +213,7 @@ def started(
                 "values": first["values"] + more["values"],
                 "others": first["others"],
             }
-            report["peak_rss"] = more["peak_rss"]
+            report |= {"peak_rss": more["peak_rss"], "device_peak": more["device_peak"]}
     except Absent:
         process.close()
         raise
@@ -234,7 +234,7 @@ def turn(
     for phase, arguments in phases.items():
         unit = report["warm"][phase]["unit_seconds"]
         block = process.run(max(1, round(seconds / unit)), arguments)
-        report["peak_rss"] = block["peak_rss"]
+        report |= {"peak_rss": block["peak_rss"], "device_peak": block["device_peak"]}
         block = {**block, "contestant": name, "phase": phase, "round": number}
         block["values"] = block["values"][-1:]
         done.blocks.append(block)

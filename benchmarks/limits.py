@@ -32,7 +32,7 @@ def best(function: Callable[[], Any], work: float) -> float:
 def make() -> Work:
     """Measures each limit by jax, and by torch where it is installed, and takes the larger."""
     on_cpu = jax.default_backend() == "cpu"
-    size, words = (2048, 1 << 26) if on_cpu else (8192, 1 << 30)
+    size, words = (2048, 1 << 25) if on_cpu else (8192, 1 << 30)
     by_jax = jax_rates(size, words)
     by_torch = torch_rates(size, words) if on_cpu else {}
 

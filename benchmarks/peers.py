@@ -77,6 +77,12 @@ DECODING = {
         ways=("static", "compile", HEAP),
     ),
 }
+DATA = {
+    "lm": TRAINING["lm"],
+    "tokenize": Peer("benchmarks.pipeline:tokenize", "a text into token ids"),
+    "pack": Peer("benchmarks.pipeline:pack", "documents into rows"),
+    "loader": Peer("benchmarks.pipeline:loader", "batches by Grain", options=(("prefetch", 1),)),
+}
 
 
 def contestants(
@@ -126,7 +132,7 @@ def contestant(
     chosen: dict[str, Any] = {}
     for way in ways:
         key, _, value = way.partition("=")
-        ours = peer.make == "benchmarks.ours:train" and value
+        ours = value and peer.make.startswith(("benchmarks.ours:", "benchmarks.pipeline:"))
         if not ours and way not in peer.ways:
             there = ", ".join(peer.ways) or "no other"
             raise ValueError(f"{name.split('+')[0]} has no way {way!r} to run: {there}")
