@@ -28,6 +28,7 @@ class Options:
       dtype: of the computation; parameters and optimizer state are fp32 but where a peer says so.
       rounds: timed rounds, A B C and C B A in turn; 0 to compare the losses alone.
       seconds: about how long a block of a contestant is, in whole steps.
+      patience: seconds that each turn waits, at most, for other processes to leave the cores alone.
       peers: who takes part besides ours; none for the command's own choice. A '+' says how: compile
         (torch.compile), pure (bf16 parameters), plainheap (the allocator as it comes); and for ours
         a field of TrainConfig, such as lm+micro_batches=16.
@@ -40,6 +41,7 @@ class Options:
     dtype: Dtype = "fp32"
     rounds: int = 5
     seconds: float = 4.0
+    patience: float = 0.0
     peers: tuple[str, ...] = ()
     python: tuple[str, ...] = ()
     out: Path = RESULTS
@@ -90,7 +92,13 @@ def run_race(
         make_inputs(options.shape, inputs)
         if with_limits:
             chosen.append(Contestant(LIMITS, "benchmarks.limits:make"))
-        done = run(chosen, phases=phases, rounds=options.rounds, seconds=options.seconds)
+        done = run(
+            chosen,
+            phases=phases,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            patience=options.patience,
+        )
         done.absent[:0] = out
         return done
 

@@ -57,7 +57,7 @@ def inverse(values: dict[str, float] | None) -> dict[str, float] | None:
     if values is None:
         return None
     names = {"median": "median", "least": "most", "most": "least"}
-    return {name: 1 / values[other] for name, other in names.items()}
+    return {**values, **{name: 1 / values[other] for name, other in names.items()}}
 
 
 if __name__ == "__main__":

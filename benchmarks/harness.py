@@ -146,12 +146,13 @@ class Race:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
-    def times(self, name: str, phase: str) -> dict[int, float]:
-        """Returns round -> seconds of a unit."""
+    def times(self, name: str, phase: str, quiet: bool = False) -> dict[int, float]:
+        """Returns round -> seconds of a unit; with `quiet` of undisturbed blocks alone."""
         return {
             block["round"]: block["seconds"] / block["count"]
             for block in self.blocks
             if (block["contestant"], block["phase"]) == (name, phase)
+            and (not quiet or machine.is_quiet(block["others"]))
         }
 
 
@@ -162,6 +163,7 @@ def race(
     rounds: int = 5,
     seconds: float = 4.0,
     warm_up: int = 3,
+    patience: float = 0.0,
     echo: Echo = print,
 ) -> Race:
     """Runs contestants against each other.
@@ -173,6 +175,7 @@ def race(
       seconds: how long a block is at least, about; a block has whole units.
       warm_up: units of each phase before the first block, the first of them timed apart; their
         values are kept, for comparing.
+      patience: seconds that each turn waits, at most, for other processes to leave the cores alone.
       echo: prints a line.
     """
     done, running = Race(), []
@@ -185,6 +188,7 @@ def race(
                 echo(str(error))
         for number in range(rounds):
             for process in list(running if number % 2 == 0 else reversed(running)):
+                machine.wait_for_quiet(patience)
                 try:
                     turn(process, phases, number, seconds, done, echo)
                 except Absent as error:
@@ -244,9 +248,9 @@ def turn(
         )
 
 
-def ratios(race: Race, phase: str, name: str, reference: str) -> list[float]:
+def ratios(race: Race, phase: str, name: str, reference: str, quiet: bool = False) -> list[float]:
     """Returns how many times as fast as `name` the reference was, in each round that has both."""
-    ours, theirs = race.times(reference, phase), race.times(name, phase)
+    ours, theirs = race.times(reference, phase, quiet), race.times(name, phase, quiet)
     return [theirs[number] / ours[number] for number in sorted(theirs) if number in ours]
 
 

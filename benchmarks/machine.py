@@ -4,12 +4,16 @@ import datetime
 import os
 import platform
 import re
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # Fields of the first line of /proc/stat (proc(5)).
 BUSY = ("user", "nice", "system", "irq", "softirq")
 FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+# A block beside which less than this share of the cores was busy counts as undisturbed.
+QUIET = 0.1
+SAMPLE = 1.0  # Seconds.
 
 
 class Ticks(NamedTuple):
@@ -40,6 +44,25 @@ def others(before: Ticks, after: Ticks, own: float, seconds: float) -> float:
     return max(0.0, taken / seconds)
 
 
+def wait_for_quiet(patience: float) -> None:
+    """Returns once other processes leave the cores alone, or after `patience` seconds."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        before, start = read_ticks(), time.monotonic()
+        time.sleep(SAMPLE)
+        if is_quiet(others(before, read_ticks(), 0.0, time.monotonic() - start)):
+            return
+
+
+def is_quiet(busy: float) -> bool:
+    """Whether so many cores busy with others leave a block undisturbed."""
+    return busy < QUIET * cores()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def free_bytes() -> int:
     """Returns the memory that can be had without swapping."""
     text = Path("/proc/meminfo").read_text()
@@ -56,7 +79,7 @@ def describe() -> dict[str, Any]:
         "cpu": f"{values.get('model name', platform.processor())}, family "
         f"{values.get('cpu family', '?')} model {values.get('model', '?')}",
         "features": [name for name in wanted if name in values.get("flags", "").split()],
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),

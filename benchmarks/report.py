@@ -12,8 +12,6 @@ from benchmarks import machine
 from benchmarks.harness import ROOT, Race, ratios, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
-# A block beside which less than this share of the cores was busy counts as undisturbed.
-QUIET = 0.1
 LIMITS = "limits"
 Row = dict[str, Any]
 
@@ -21,16 +19,17 @@ Row = dict[str, Any]
 def rows(race: Race, phase: str, reference: str) -> list[Row]:
     """Returns a row for each contestant of a phase: times, ratios and how quiet it was.
 
-    'ratio' is by what factor the reference was faster than the contestant in the same round.
+    'ratio' is by what factor the reference was faster than the contestant in the same round: of
+    rounds in which both were undisturbed; where there is none, of all, and 'disturbed' is True.
+    Processes with many barriers, such as torch's, lose most where the cores are shared.
     """
     found = []
-    cores = machine.describe()["cores"]
     for name, report in race.contestants.items():
         times = race.times(name, phase)
         if name == LIMITS or not times:
             continue
         blocks = [b for b in race.blocks if (b["contestant"], b["phase"]) == (name, phase)]
-        quiet = sum(block["others"] < QUIET * cores for block in blocks)
+        quiet = sum(machine.is_quiet(block["others"]) for block in blocks)
         row = {
             "contestant": name,
             "seconds": spread(list(times.values())),
@@ -40,8 +39,9 @@ def rows(race: Race, phase: str, reference: str) -> list[Row]:
             "quiet": quiet,
             "others": spread([block["others"] for block in blocks])["median"],
         }
-        if name != reference and (each := ratios(race, phase, name, reference)):
-            row["ratio"] = spread(each)
+        undisturbed = ratios(race, phase, name, reference, quiet=True)
+        if name != reference and (each := undisturbed or ratios(race, phase, name, reference)):
+            row["ratio"] = {**spread(each), "rounds": len(each), "disturbed": not undisturbed}
         found.append(row)
     return found
 
@@ -71,10 +71,11 @@ def gigabytes(value: float) -> str:
 
 
 def ranged(values: Mapping[str, float] | None) -> str:
-    """Returns 'median (least-most)'."""
+    """Returns 'median (least-most)', with a mark where every round was disturbed."""
     if values is None:
         return ""
-    return f"{values['median']:.2f} ({values['least']:.2f}-{values['most']:.2f})"
+    mark = " disturbed" if values.get("disturbed") else ""
+    return f"{values['median']:.2f} ({values['least']:.2f}-{values['most']:.2f}){mark}"
 
 
 def settings(race: Race) -> str:

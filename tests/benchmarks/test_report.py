@@ -55,9 +55,19 @@ def test_rows(done):
     found = {row["contestant"]: row for row in rows(done, "step", "lm")}
     assert list(found) == ["lm", "hf", "other"]
     assert "ratio" not in found["lm"]
-    assert found["hf"]["ratio"] == {"median": 2.5, "least": 2.0, "most": 3.0}
+    # Ours was disturbed in two rounds of three, which do not count.
+    assert found["hf"]["ratio"] == {
+        "median": 2.0, "least": 2.0, "most": 2.0, "rounds": 1, "disturbed": False
+    }  # fmt: skip
     assert (found["lm"]["quiet"], found["lm"]["blocks"]) == (1, 3)
     assert found["lm"]["others"] == 1.5
+
+
+def test_where_every_round_was_disturbed(done):
+    done.blocks[0]["others"] = 1.0
+    ratio = rows(done, "step", "lm")[1]["ratio"]
+    assert (ratio["median"], ratio["rounds"], ratio["disturbed"]) == (2.5, 3, True)
+    assert ranged(ratio) == "2.50 (2.00-3.00) disturbed"
 
 
 def test_rates_and_the_best_peer(done):
@@ -66,8 +76,8 @@ def test_rates_and_the_best_peer(done):
     assert found[0]["tokens_per_second"] == 100.0
     assert found[0]["mfu"] == 0.5
     assert found[1]["mfu"] == 0.2  # The operations are those of ours, whoever does them.
-    assert "hf, a step of ours is 2.50 (2.00-3.00) times as fast" in verdict(found, "step")
-    assert "| hf | 2.5 | 40 | 2.50 (2.00-3.00) | 20% | 2.00 | 2 | 3 of 3 | 0.00 |" in show(found)
+    assert "hf, a step of ours is 2.00 (2.00-2.00) times as fast" in verdict(found, "step")
+    assert "| hf | 2.5 | 40 | 2.00 (2.00-2.00) | 20% | 2.00 | 2 | 3 of 3 | 0.00 |" in show(found)
 
 
 def test_another_loss_is_another_computation(done):
