@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,8 @@ class Options:
       dtype: of the computation; parameters and optimizer state are fp32 but where a peer says so.
       rounds: timed rounds, A B C and C B A in turn; 0 to compare the losses alone.
       seconds: about how long a block of a contestant is, in whole steps.
+      cores: that each contestant may use; 0 is all. With one, CPU seconds can be compared on a
+        machine that others use, too.
       patience: seconds that each turn waits, at most, for other processes to leave the cores alone.
       peers: who takes part besides ours; none for the command's own choice. A '+' says how: compile
         (torch.compile), pure (bf16 parameters), plainheap (the allocator as it comes); and for ours
@@ -41,6 +43,7 @@ class Options:
     dtype: Dtype = "fp32"
     rounds: int = 5
     seconds: float = 4.0
+    cores: int = 0
     patience: float = 0.0
     peers: tuple[str, ...] = ()
     python: tuple[str, ...] = ()
@@ -48,7 +51,8 @@ class Options:
     name: str = ""
 
     def title(self, command: str) -> str:
-        return " ".join(filter(None, [command, self.shape, self.dtype, self.name]))
+        cores = f"{self.cores}-core" if self.cores else ""
+        return " ".join(filter(None, [command, self.shape, self.dtype, cores, self.name]))
 
 
 def run_race(
@@ -91,7 +95,8 @@ def run_race(
             print(sentence)
         make_inputs(options.shape, inputs)
         if with_limits:
-            chosen.append(Contestant(LIMITS, "benchmarks.limits:make"))
+            chosen.append(Contestant(LIMITS, "benchmarks.limits:make", phases={LIMITS: {}}))
+        chosen = [replace(one, cores=options.cores) for one in chosen]
         done = run(
             chosen,
             phases=phases,

@@ -36,6 +36,8 @@ class Contestant:
       options: its arguments, JSON.
       env: variables of its process.
       python: its interpreter; '' is this one.
+      cores: that it may use; 0 is all of them.
+      phases: of its own, or None for those of the race.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Contestant:
     options: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     python: str = ""
+    cores: int = 0
+    phases: Phases | None = None
 
 
 class Absent(Exception):
@@ -69,7 +73,8 @@ class Process:
             )
         self.contestant = contestant
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        spec = json.dumps({"make": contestant.make, "options": dict(contestant.options)})
+        fields = {"make": contestant.make, "options": dict(contestant.options)}
+        spec = json.dumps({**fields, "cores": contestant.cores})
         command = [contestant.python or sys.executable, "-m", "benchmarks.worker", spec]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         try:
@@ -146,10 +151,15 @@ class Race:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
-    def times(self, name: str, phase: str, quiet: bool = False) -> dict[int, float]:
-        """Returns round -> seconds of a unit; with `quiet` of undisturbed blocks alone."""
+    def times(
+        self, name: str, phase: str, quiet: bool = False, clock: str = "seconds"
+    ) -> dict[int, float]:
+        """Returns round -> seconds of a unit; with `quiet` of undisturbed blocks alone.
+
+        `clock` is 'seconds', of the wall, or 'cpu_seconds'.
+        """
         return {
-            block["round"]: block["seconds"] / block["count"]
+            block["round"]: block[clock] / block["count"]
             for block in self.blocks
             if (block["contestant"], block["phase"]) == (name, phase)
             and (not quiet or machine.is_quiet(block["others"]))
@@ -208,7 +218,7 @@ def started(
     process = Process(contestant)
     try:
         report = {**process.report, "warm": {}}
-        for phase, arguments in phases.items():
+        for phase, arguments in (contestant.phases or phases).items():
             first = process.run(1, arguments)
             more = process.run(max(1, warm_up - 1), arguments)
             report["warm"][phase] = {
@@ -221,7 +231,7 @@ def started(
     except Absent:
         process.close()
         raise
-    begun = report["make_seconds"] + report["warm"][next(iter(phases))]["first_seconds"]
+    begun = report["make_seconds"] + next(iter(report["warm"].values()))["first_seconds"]
     report["first_seconds"] = begun
     done.contestants[contestant.name] = report
     imports = report["import_seconds"]
@@ -235,7 +245,7 @@ def turn(
     """Runs one block of each phase."""
     name = process.contestant.name
     report = done.contestants[name]
-    for phase, arguments in phases.items():
+    for phase, arguments in (process.contestant.phases or phases).items():
         unit = report["warm"][phase]["unit_seconds"]
         block = process.run(max(1, round(seconds / unit)), arguments)
         report |= {"peak_rss": block["peak_rss"], "device_peak": block["device_peak"]}
@@ -248,9 +258,17 @@ def turn(
         )
 
 
-def ratios(race: Race, phase: str, name: str, reference: str, quiet: bool = False) -> list[float]:
+def ratios(
+    race: Race,
+    phase: str,
+    name: str,
+    reference: str,
+    quiet: bool = False,
+    clock: str = "seconds",
+) -> list[float]:
     """Returns how many times as fast as `name` the reference was, in each round that has both."""
-    ours, theirs = race.times(reference, phase, quiet), race.times(name, phase, quiet)
+    ours = race.times(reference, phase, quiet, clock)
+    theirs = race.times(name, phase, quiet, clock)
     return [theirs[number] / ours[number] for number in sorted(theirs) if number in ours]
 
 

@@ -21,7 +21,8 @@ def rows(race: Race, phase: str, reference: str) -> list[Row]:
 
     'ratio' is by what factor the reference was faster than the contestant in the same round: of
     rounds in which both were undisturbed; where there is none, of all, and 'disturbed' is True.
-    Processes with many barriers, such as torch's, lose most where the cores are shared.
+    Processes with many barriers, such as torch's, lose most where the cores are shared;
+    'cpu_ratio', of the CPU seconds of all rounds, means something there if each has one core.
     """
     found = []
     for name, report in race.contestants.items():
@@ -33,6 +34,7 @@ def rows(race: Race, phase: str, reference: str) -> list[Row]:
         row = {
             "contestant": name,
             "seconds": spread(list(times.values())),
+            "cpu_seconds": spread(list(race.times(name, phase, clock="cpu_seconds").values())),
             "peak_rss": report["peak_rss"],
             "first_seconds": report["first_seconds"],
             "blocks": len(blocks),
@@ -42,6 +44,7 @@ def rows(race: Race, phase: str, reference: str) -> list[Row]:
         undisturbed = ratios(race, phase, name, reference, quiet=True)
         if name != reference and (each := undisturbed or ratios(race, phase, name, reference)):
             row["ratio"] = {**spread(each), "rounds": len(each), "disturbed": not undisturbed}
+            row["cpu_ratio"] = spread(ratios(race, phase, name, reference, clock="cpu_seconds"))
         found.append(row)
     return found
 

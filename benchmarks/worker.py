@@ -104,7 +104,11 @@ def main() -> None:
         print(json.dumps(value), file=replies, flush=True)
 
     try:
-        work, report = begin(**json.loads(sys.argv[1]))
+        spec = json.loads(sys.argv[1])
+        if cores := spec.pop("cores", 0):
+            # Before anything is imported: thread pools are as large as what they may run on.
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+        work, report = begin(**spec)
         reply(report)
         for line in sys.stdin:
             request = json.loads(line)

@@ -74,6 +74,14 @@ def test_an_interpreter_that_does_not_run():
     assert done.absent == ["x is left out: /no/such/python does not run"]
 
 
+def test_one_core_and_phases_of_its_own():
+    own = {"other": {}}
+    one = Contestant("one", f"{TOYS}:sleeper", {"seconds": 0.0}, cores=1, phases=own)
+    done = race([one], rounds=1, seconds=0.0, echo=silent)
+    assert done.contestants["one"]["facts"]["cores"] == 1
+    assert [block["phase"] for block in done.blocks] == ["other"]
+
+
 def test_ratios_are_of_the_same_round():
     blocks = [
         {"contestant": name, "phase": "step", "round": number, "seconds": seconds, "count": count}

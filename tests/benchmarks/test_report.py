@@ -16,7 +16,7 @@ from benchmarks.train import show, verdict, with_rates
 def block(name, number, seconds, others=0.0, phase="step", values=(0,)):
     return dict(
         contestant=name, phase=phase, round=number, seconds=seconds, count=1, others=others,
-        values=list(values),
+        values=list(values), cpu_seconds=2 * seconds,
     )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def test_rows(done):
     assert found["hf"]["ratio"] == {
         "median": 2.0, "least": 2.0, "most": 2.0, "rounds": 1, "disturbed": False
     }  # fmt: skip
+    assert found["hf"]["cpu_ratio"] == {"median": 2.5, "least": 2.0, "most": 3.0}
     assert (found["lm"]["quiet"], found["lm"]["blocks"]) == (1, 3)
     assert found["lm"]["others"] == 1.5
 
@@ -77,7 +78,10 @@ def test_rates_and_the_best_peer(done):
     assert found[0]["mfu"] == 0.5
     assert found[1]["mfu"] == 0.2  # The operations are those of ours, whoever does them.
     assert "hf, a step of ours is 2.00 (2.00-2.00) times as fast" in verdict(found, "step")
-    assert "| hf | 2.5 | 40 | 2.00 (2.00-2.00) | 20% | 2.00 | 2 | 3 of 3 | 0.00 |" in show(found)
+    assert (
+        "| hf | 2.5 | 40 | 2.00 (2.00-2.00) | 5 | 2.50 (2.00-3.00) | 20% | 2.00 | 2 | 3 of 3 | 0.00 |"
+        in show(found)
+    )
 
 
 def test_another_loss_is_another_computation(done):

@@ -1,5 +1,6 @@
 """Contestants of the harness's own tests."""
 
+import os
 import time
 
 from benchmarks.worker import Work
@@ -13,7 +14,7 @@ def sleeper(seconds: float, value: float = 1.0) -> Work:
         time.sleep(count * times * seconds)
         return [value] * count
 
-    return Work(run, {"tokens": 100, "settings": "sleeps"})
+    return Work(run, {"tokens": 100, "settings": "sleeps", "cores": len(os.sched_getaffinity(0))})
 
 
 def absent() -> Work:
