@@ -40,7 +40,7 @@ def decode(
         found = both_rows(done, batch, new)
         results[str(batch)] = found
         parts.append(show(found, batch))
-    parts += [f"- {line}" for line in agreement(done)]
+    parts.append("\n".join(f"- {line}" for line in agreement(done)))
     text = f"{SHAPES[options.shape].about}, {options.dtype}; prompts of {prompt}, {new} new tokens."
     path = write(
         options.title("decode"), "\n\n".join([text, *parts]), {"rows": results}, done, options.out

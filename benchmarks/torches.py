@@ -22,8 +22,6 @@ from benchmarks.worker import Work
 
 RATE, DECAY, CLIP, BETAS, EPS = 1e-4, 0.1, 1.0, (0.9, 0.95), 1e-8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On an accelerator, products of fp32 by TensorFloat32, which XLA uses by default, too.
-torch.set_float32_matmul_precision("high")
 
 
 def device_peak() -> int:
@@ -53,6 +51,9 @@ def train_by(
     """
     if pure and dtype != "bf16":
         raise ValueError("'pure' is a way to compute in bf16: ask for --dtype bf16")
+    if DEVICE == "cuda":
+        # Products of fp32 by TensorFloat32, which XLA uses by default, too.
+        torch.set_float32_matmul_precision("high")
     model.train().to(DEVICE, torch.bfloat16 if pure else None)
     lower = dtype == "bf16" and not pure
     ids = [torch.from_numpy(batch).long().to(DEVICE) for batch in batches(inputs)]
@@ -229,7 +230,7 @@ def post_norm_tensors(tensors: dict[str, np.ndarray], layers: int) -> dict[str, 
             "norm2.bias": ours["mlp/norm/bias"],
         }
         found |= {f"stack.layers.{layer}.{name}": leaf for name, leaf in block.items()}
-    return {name: torch.from_numpy(np.ascontiguousarray(leaf)) for name, leaf in found.items()}
+    return {name: torch.from_numpy(np.array(leaf, order="C")) for name, leaf in found.items()}
 
 
 def encoder(shape: str, inputs: str, dtype: str, compile: bool = False, pure: bool = False) -> Work:
