@@ -59,7 +59,7 @@ def both_rows(done: Race, batch: int, new: int) -> list[Row]:
         row["first_token_ratio"] = firsts[row["contestant"]].get("ratio")
         row["tokens_per_second"] = batch * new / whole
         row["seconds_per_token"] = (whole - first) / (new - 1)
-        if read and row["seconds_per_token"] > 0:
+        if read and row["quiet"] and row["seconds_per_token"] > 0:
             size = done.contestants[row["contestant"]]["facts"]["bytes"]
             row["bandwidth"] = size / row["seconds_per_token"] / (read * 1e9)
     return found

@@ -43,6 +43,7 @@ def with_rates(done: Race, found: list[Row], dtype: str) -> list[Row]:
     """Adds tokens a second, and the share of the machine's fastest products, where both are known.
 
     A contestant that does not say how many operations its step takes does those of the reference.
+    Where every block was disturbed there is no share: the limit was, at other moments, too.
     """
     peak = limits(done).get(dtype)
     reference = found[0]["contestant"] if found else ""
@@ -51,7 +52,7 @@ def with_rates(done: Race, found: list[Row], dtype: str) -> list[Row]:
         seconds = row["seconds"]["median"]
         row["tokens_per_second"] = facts["tokens"] / seconds
         flops = facts.get("flops") or done.contestants[reference]["facts"].get("flops")
-        if peak and flops:
+        if peak and flops and row["quiet"]:
             row["mfu"] = flops / seconds / (peak * 1e9)
     return found
 

@@ -28,7 +28,7 @@ def test_the_encoder_is_our_post_norm_decoder(pair):
     tokens = random_tokens(model)
     ours, _ = forward(model, params, tokens, Context())
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(np.asarray(tokens)).long())
+        expected = theirs(torch.from_numpy(np.array(tokens)).long())
     assert np.abs(np.asarray(ours) - expected.numpy()).max() <= 1e-5
 
 
