@@ -132,6 +132,8 @@ def train(
         {
             "tokens": run.plan.tokens_per_step,
             "flops": run.plan.flops_per_step,
+            "peak_flops": run.plan.peak_flops,
+            "peak_source": run.plan.peak_source,
             "trained": run.plan.num_trained,
             "state_bytes": run.plan.state_bytes,
             "temporary_bytes": run.plan.temporary_bytes,
@@ -156,7 +158,7 @@ def decode(shape: str, inputs: str, dtype: str = "fp32", prompt: int = 128) -> W
     ids = batches(inputs)[..., :-1].reshape(-1)
 
     def run(count: int, batch: int, new: int) -> list[list[list[int]]]:
-        rows = ids[: batch * prompt].reshape(batch, prompt).tolist()
+        rows = np.resize(ids, (batch, prompt)).tolist()
         options = dict(max_new_tokens=new, temperature=0.0, dtype=DTYPES[dtype])
         return [generate_tokens(model, params, rows, **options).rows() for _ in range(count)]
 

@@ -332,12 +332,12 @@ def generate(
     model = open_transformers(inputs, dtype=stored).eval().to(DEVICE)
     if compile:
         model.forward = torch.compile(model.forward)
-    ids = torch.from_numpy(batches(inputs)[..., :-1].reshape(-1)).long().to(DEVICE)
+    ids = batches(inputs)[..., :-1].reshape(-1)
     model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def run(count: int, batch: int, new: int) -> list[list[list[int]]]:
-        tokens = ids[: batch * prompt].reshape(batch, prompt)
+        tokens = torch.from_numpy(np.resize(ids, (batch, prompt))).long().to(DEVICE)
         options: dict[str, Any] = dict(
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=new,

@@ -32,6 +32,7 @@ def train(options: Flat = Options()) -> None:
             f"{shape.about}; batch {shape.batch_size} x {shape.length}, {options.dtype}.",
             show(found),
             verdict(found, "step"),
+            *by_data_sheet(done, found),
             "\n".join(f"- {line}" for line in lines),
         ]
     )
@@ -55,6 +56,16 @@ def with_rates(done: Race, found: list[Row], dtype: str) -> list[Row]:
         if peak and flops and row["quiet"]:
             row["mfu"] = flops / seconds / (peak * 1e9)
     return found
+
+
+def by_data_sheet(done: Race, found: list[Row]) -> list[str]:
+    """Returns a line on the share of the vendor's number of operations, on an accelerator."""
+    facts = done.contestants[found[0]["contestant"]]["facts"] if found else {}
+    if not facts.get("peak_source", "").startswith("the data sheet"):
+        return []
+    whole = facts["flops"] / facts["peak_flops"]
+    each = [f"{row['contestant']} {whole / row['seconds']['median']:.1%}" for row in found]
+    return [f"Of {facts['peak_flops']:.3g} a second, by {facts['peak_source']}: {', '.join(each)}."]
 
 
 def show(found: list[Row]) -> str:

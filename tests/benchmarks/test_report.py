@@ -10,7 +10,7 @@ from benchmarks.decode import agreement, both_rows
 from benchmarks.finetune import inverse
 from benchmarks.harness import Race
 from benchmarks.report import figure, limits, ranged, rows, write
-from benchmarks.train import show, verdict, with_rates
+from benchmarks.train import by_data_sheet, show, verdict, with_rates
 
 
 def block(name, number, seconds, others=0.0, phase="step", values=(0,)):
@@ -79,6 +79,14 @@ def test_rates_and_the_best_peer(done):
     assert found[1]["mfu"] == 0.2  # The operations are those of ours, whoever does them.
     assert "hf, a step of ours is 2.00 (2.00-2.00) times as fast" in verdict(found, "step")
     assert "| hf | 2.5 | 40 | 2.00 (2.00-2.00) | 5 | 2.50 (2.00-3.00) | 20% | 2.00 |" in show(found)
+
+
+def test_the_data_sheet_is_for_accelerators(done):
+    found = rows(done, "step", "lm")
+    assert by_data_sheet(done, found) == []
+    done.contestants["lm"]["facts"] |= {"peak_flops": 1e12, "peak_source": "the data sheet of one"}
+    (line,) = by_data_sheet(done, found)
+    assert "lm 5.0%, hf 2.0%" in line
 
 
 def test_another_loss_is_another_computation(done):
