@@ -20,7 +20,8 @@ Array = jax.Array
 class Attention(Part):
     """Self-attention with N query heads over K key heads (Vaswani et al., 2017).
 
-    Its decoding state is a cache of keys and values (`lm.layers.cache`).
+    Its decoding state is a cache of keys and values (`lm.layers.cache`); with a window, of no more
+    slots than that.
 
     Attributes:
       num_heads: N.
@@ -58,18 +59,18 @@ class Attention(Part):
         index_T = indices(ctx, x_BTD.shape[1])
         keys = Keys(k_BTKH, v_BTKH, index_T)
         if state is not None:
-            state, keys = cache.extend(state, keys, ctx.slot)
+            state, keys = cache.extend(state, keys, ctx.slot, self.window)
         elif ctx.cache_length is not None:
-            state = cache.init(keys, ctx.cache_length)
+            state = cache.init(keys, ctx.cache_length, self.window)
         mask = Mask(
             index_T=index_T,
             index_S=keys.index_S,
             segments_BT=ctx.segments_BT,
-            segments_BS=ctx.segments_BS,
+            segments_BS=keys.of(ctx.segments_BS),
             causal=bool(ctx.causal),
             window=self.window,
         )
-        options = dict(bias_NTS=ctx.bias_NTS, scale=self.scale, backend=ctx.attention)
+        options = dict(bias_NTS=keys.of(ctx.bias_NTS), scale=self.scale, backend=ctx.attention)
         out_BTNH = attend(q_BTNH, keys.k_BSKH, keys.v_BSKH, mask, **options)
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
 
