@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
@@ -118,8 +118,8 @@ class CrossAttention(Attention):
             if ctx.cache_length is not None:
                 state = {"k": k_BSKH, "v": v_BSKH}
         mask = Mask(
-            index_T=jnp.arange(x_BTD.shape[1]),
-            index_S=jnp.arange(k_BSKH.shape[1]),
+            index_T=np.arange(x_BTD.shape[1]),
+            index_S=np.arange(k_BSKH.shape[1]),
             segments_BT=ctx.segments_BT,
             segments_BS=ctx.source_segments_BS,
         )
@@ -128,6 +128,7 @@ class CrossAttention(Attention):
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
 
 
-def indices(ctx: Context, length: int) -> Array:
+def indices(ctx: Context, length: int) -> Array | np.ndarray:
     """Returns the (T,) places of the new tokens among the keys: slots of the cache, or 0..T-1."""
-    return jnp.arange(length) + (0 if ctx.slot is None else ctx.slot)
+    places = np.arange(length, dtype=np.int32)
+    return places if ctx.slot is None else places + ctx.slot

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 State = dict[str, Array]
@@ -27,7 +28,7 @@ class Keys(NamedTuple):
 
     k_BSKH: Array
     v_BSKH: Array
-    index_S: Array
+    index_S: Array | np.ndarray
     all_places: bool = True
 
     def of(self, x_BP: Array | None) -> Array | None:
@@ -72,7 +73,7 @@ def extend(state: State, new: Keys, slot: Array, window: int | None = None) -> t
     T, S = new.k_BSKH.shape[1], state["k"].shape[1]
     if window is None:
         state = _write(state, new, slot)
-        return state, Keys(*read(state), jnp.arange(S))
+        return state, Keys(*read(state), np.arange(S))
     if T == 1:  # The key that it overwrites is just out of sight.
         state = _write(state, new, slot % S)
         return state, Keys(*read(state), _places(slot + 1, S), all_places=False)
