@@ -177,7 +177,7 @@ def choose(
     platform's own fused kernel where that can compute the call, and 'flash' otherwise.
 
     Args:
-      platform: 'cpu', 'gpu' or 'tpu'; None is that of jax's first device.
+      platform: 'cpu', 'gpu' or 'tpu'; None is what is compiled for.
 
     Raises:
       ValueError: for an unknown backend, or one that cannot compute this call.
@@ -185,7 +185,7 @@ def choose(
     names = ["auto", *BACKENDS]
     if backend not in names:
         raise ValueError(f"an attention backend is one of {', '.join(names)}, not {backend!r}")
-    platform = platform or jax.default_backend()
+    platform = platform or target_platform()
     operands = (q_BTNH, k_BSKH, v_BSKH, mask, platform)
     what = describe(mask, **options)
     if backend != "auto":
@@ -201,6 +201,13 @@ def choose(
     if reason := BACKENDS[fused].refusal(*operands, **options):
         return Choice("flash", what, f"{fused}: {reason}")
     return Choice(fused, what)
+
+
+def target_platform() -> str:
+    """Returns the platform that is compiled for: that of the mesh, or of jax's first device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind.lower()
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), jax.default_backend())
 
 
 def describe(mask: Mask, **options) -> str:
