@@ -45,6 +45,17 @@ def random_tokens(shape: Shape) -> Any:
     return np.random.default_rng(0).integers(0, shape.vocab_size, size).astype(np.int32)
 
 
+def attention_operands(rows: int, length: int) -> list[Any]:
+    """Returns (B, T, N, H) fp32 queries, keys, values, and what the outputs are weighed by.
+
+    12 heads of 64, as GPT-2 has.
+    """
+    import numpy as np
+
+    draw = np.random.default_rng(0).standard_normal
+    return [draw((rows, length, 12, 64)).astype(np.float32) for _ in range(4)]
+
+
 def write(name: str, directory: Path) -> None:
     """Writes fresh parameters and the batches of a shape."""
     import numpy as np
