@@ -77,7 +77,7 @@ def run_race(
       run: what races them.
 
     Raises:
-      ValueError: for a name, a way or an interpreter that there is not.
+      ValueError: for a name, a way or an interpreter that there is not; if ours cannot run.
     """
     with tempfile.TemporaryDirectory(prefix="lm-bench-") as scratch:
         inputs = Path(scratch) / "inputs"
@@ -104,6 +104,8 @@ def run_race(
             seconds=options.seconds,
             patience=options.patience,
         )
+        if "lm" not in done.contestants:
+            raise ValueError(f"there is nothing to compare with: {' '.join(done.absent)}")
         done.absent[:0] = out
         return done
 
