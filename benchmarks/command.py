@@ -1,5 +1,6 @@
 """What the commands share: their options, and the way from them to a race."""
 
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,8 @@ def check_losses(done: Race, dtype: str, reference: str = "lm") -> tuple[list[st
 
 def main(function: Callable[..., Any]) -> None:
     """Runs a command; bad input is one sentence and status 2."""
+    # `timeout` ends a command so; its contestants and gigabytes of weights have to go with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         tyro.cli(function)
     except ValueError as error:
