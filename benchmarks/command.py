@@ -1,5 +1,6 @@
 """What the commands share: their options, and the way from them to a race."""
 
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,7 @@ def run_race(
       run: what races them.
 
     Raises:
-      ValueError: for a name, a way or an interpreter that there is not.
+      ValueError: for a name, a way or an interpreter that there is not; if ours cannot run.
     """
     with tempfile.TemporaryDirectory(prefix="lm-bench-") as scratch:
         inputs = Path(scratch) / "inputs"
@@ -104,6 +105,8 @@ def run_race(
             seconds=options.seconds,
             patience=options.patience,
         )
+        if "lm" not in done.contestants:
+            raise ValueError(f"there is nothing to compare with: {' '.join(done.absent)}")
         done.absent[:0] = out
         return done
 
@@ -136,6 +139,8 @@ def check_losses(done: Race, dtype: str, reference: str = "lm") -> tuple[list[st
 
 def main(function: Callable[..., Any]) -> None:
     """Runs a command; bad input is one sentence and status 2."""
+    # `timeout` ends a command so; its contestants and gigabytes of weights have to go with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         tyro.cli(function)
     except ValueError as error:

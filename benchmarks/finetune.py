@@ -29,12 +29,13 @@ def finetune(options: Flat = Options(shape="gpt2")) -> None:
             row.pop("ratio", None)
     shape = SHAPES[options.shape]
     trained = table(
-        ["contestant", "trained weights", "step of ours, of theirs"],
+        ["contestant", "trained weights", "step of ours, of theirs", "CPU time, likewise"],
         [
             [
                 row["contestant"],
                 figure(done.contestants[row["contestant"]]["facts"]["trained"]),
                 ranged(inverse(row.get("ratio"))),
+                ranged(inverse(row.get("cpu_ratio"))),
             ]
             for row in found
         ],

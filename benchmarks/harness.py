@@ -204,6 +204,7 @@ def race(
                 except Absent as error:
                     done.absent.append(str(error))
                     running.remove(process)
+                    process.close()
                     echo(str(error))
     finally:
         for process in running:

@@ -109,6 +109,13 @@ def verdict(found: list[Row], unit: str) -> str:
     peers = [row for row in found if "ratio" in row and not row["contestant"].startswith("lm")]
     if not peers:
         return "No peer took part."
+    if all(row["ratio"]["disturbed"] for row in peers):
+        best = min(peers, key=lambda row: row["cpu_ratio"]["median"])
+        return (
+            "Others were busy beside every block, so that the times say nothing. Of the best peer, "
+            f"{best['contestant']}, the CPU seconds of a {unit} are {ranged(best['cpu_ratio'])} "
+            "times ours."
+        )
     best = min(peers, key=lambda row: row["ratio"]["median"])
     return (
         f"Beside the best peer, {best['contestant']}, a {unit} of ours is "

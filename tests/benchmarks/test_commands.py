@@ -24,6 +24,7 @@ from benchmarks.train import choice, train
 )
 def test_bad_input_is_one_sentence(function, words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # The tests' own stay.
     with pytest.raises(SystemExit) as stopped:
         main(function)
     assert stopped.value.code == 2

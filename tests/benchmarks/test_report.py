@@ -69,6 +69,8 @@ def test_where_every_round_was_disturbed(done):
     ratio = rows(done, "step", "lm")[1]["ratio"]
     assert (ratio["median"], ratio["rounds"], ratio["disturbed"]) == (2.5, 3, True)
     assert ranged(ratio) == "2.50 (2.00-3.00) disturbed"
+    said = verdict(rows(done, "step", "lm"), "step")
+    assert "the times say nothing" in said and "hf, the CPU seconds" in said
 
 
 def test_rates_and_the_best_peer(done):
