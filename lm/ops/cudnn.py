@@ -75,7 +75,7 @@ def refusal(
     T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
     sort = (capability() if platform == "gpu" else None) or 8.0
     widest = 256 if sort >= 9 else 128
-    fits = H % 8 == 0 and H <= widest
+    fits = H in range(8, widest + 1, 8)
     dtypes = {x.dtype for x in (q_BTNH, k_BSKH, v_BSKH)}
     reasons = {
         f"it runs on NVIDIA GPUs, and this is a {platform}": platform != "gpu",
