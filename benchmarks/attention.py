@@ -79,7 +79,8 @@ def attention(options: Annotated[AttentionOptions, tyro.conf.arg(name="")]) -> N
     for name, phase in wrong:
         for row in found[phase]:
             if row["contestant"] == name:
-                row.pop("ratio", None), row.pop("cpu_ratio", None)
+                row.pop("ratio", None)
+                row.pop("cpu_ratio", None)
     text = "\n\n".join(
         [
             f"One layer, forwards and backwards, {options.dtype}: {options.tokens:,} tokens in "

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 
 from lm.ops import cudnn, splash
@@ -130,7 +131,7 @@ class Backend(NamedTuple):
     Attributes:
       attend: the function, of the same arguments.
       refusal: returns why it cannot compute a call, or None; of the same arguments, with the
-        platform ('cpu', 'gpu', 'tpu') after the mask.
+        platform (`target_platform`) after the mask.
     """
 
     attend: Callable[..., Array]
@@ -177,7 +178,7 @@ def choose(
     platform's own fused kernel where that can compute the call, and 'flash' otherwise.
 
     Args:
-      platform: 'cpu', 'gpu' or 'tpu'; None is what is compiled for.
+      platform: as of `target_platform`; None is that.
 
     Raises:
       ValueError: for an unknown backend, or one that cannot compute this call.
@@ -204,10 +205,14 @@ def choose(
 
 
 def target_platform() -> str:
-    """Returns the platform that is compiled for: that of the mesh, or of jax's first device."""
+    """Returns what is compiled for, that of the mesh or of jax: 'cpu', 'tpu', 'gpu' or 'rocm'."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind.lower()
-    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), jax.default_backend())
+    for name in ("cpu", "tpu"):
+        if kind.startswith(name):
+            return name
+    is_amd = "rocm" in jax.extend.backend.get_backend().platform_version.lower()
+    return "rocm" if is_amd else jax.default_backend()
 
 
 def describe(mask: Mask, **options) -> str:

@@ -91,7 +91,7 @@ def random_case(seed):
     return floats, Mask(index_T, np.arange(S), **fields), options, int(rng.integers(1, S + 3))
 
 
-SEEDS = [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 40))]
+SEEDS = [*range(2), *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 40))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -245,6 +245,15 @@ def test_splash_refuses_devices_that_nothing_divides():
         choose("splash", *call(), platform="tpu")
 
 
+def test_old_gpus_have_no_cudnn(monkeypatch):
+    monkeypatch.setattr(cudnn, "capability", lambda: 7.5)
+    with pytest.raises(ValueError, match="and this GPU has 7"):
+        choose("cudnn", *call(), platform="gpu")
+    monkeypatch.setattr(cudnn, "capability", lambda: 9.0)
+    assert choose("auto", *call(H=256), platform="gpu").backend == "cudnn"
+    assert choose("auto", *call(H=64), platform="rocm").backend == "flash"
+
+
 def test_kernels_refuse_another_platform():
     q, k, v, mask = (jnp.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x for x in call())
     for backend, words in [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")]:
@@ -264,7 +273,16 @@ def test_choices_are_seen_while_tracing():
     assert choices not in attention._watching
 
 
-@pytest.mark.parametrize("shapes", [*ACCEPTED, dict(causal=True, prefix_B=jnp.array([3, 9]))])
+LOWERED = [
+    dict(causal=True, window=9, segments=True),
+    *(
+        pytest.param(shapes, marks=pytest.mark.slow)
+        for shapes in [*ACCEPTED, dict(causal=True, prefix_B=jnp.array([3, 9]))]
+    ),
+]
+
+
+@pytest.mark.parametrize("shapes", LOWERED)
 def test_cudnn_is_called_with_the_mask(shapes, monkeypatch):
     """Its program for CUDA has the fused kernel, forwards and backwards, with the mask's name.
 
