@@ -51,9 +51,9 @@ class Decoding:
       state: the reader's own, such as the model's decoding state.
       last_B: the newest token of each row; 0 where the row had finished before.
       lengths_B: number of tokens drawn in each row, the stop token included.
-      finished_B: whether the row has met a stop token.
+      limits_B: how many are wanted at most.
+      finished_B: whether the row has met a stop token or its limit.
       seen_BV: which tokens the row holds, prompt included.
-      count: () int32, number of tokens drawn in the longest row.
       keys_B: one typed PRNG key per row; token i is drawn with its key folded with i.
       sampling: the settings.
       stop_ids: tokens that end a row; -1 is none.
@@ -62,9 +62,9 @@ class Decoding:
     state: Any
     last_B: Array
     lengths_B: Array
+    limits_B: Array
     finished_B: Array
     seen_BV: Array
-    count: Array
     keys_B: Array
     sampling: Sampling
     stop_ids: Array
@@ -117,17 +117,18 @@ RECOMPUTE = Reader(_begin_recompute, _append_recompute)
 def _draw(model, params, x_B1D: Array, ctx: Context, decoding: Decoding) -> Decoding:
     """Draws the next token of every row from the hidden states of the newest ones."""
     logits_B1V = model.apply({"params": params}, x_B1D, ctx, method="unembed")
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(decoding.keys_B, decoding.count)
+    keys_B = jax.vmap(jax.random.fold_in)(decoding.keys_B, decoding.lengths_B)
     drawn_B = sample(
         logits_B1V[:, 0].astype(jnp.float32), keys_B, decoding.sampling, decoding.seen_BV
     )
     last_B = jnp.where(decoding.finished_B, 0, drawn_B)
+    lengths_B = decoding.lengths_B + ~decoding.finished_B
+    stopped_B = jnp.isin(last_B, decoding.stop_ids) | (lengths_B >= decoding.limits_B)
     return decoding.replace(
         last_B=last_B,
-        lengths_B=decoding.lengths_B + ~decoding.finished_B,
-        finished_B=decoding.finished_B | jnp.isin(last_B, decoding.stop_ids),
+        lengths_B=lengths_B,
+        finished_B=decoding.finished_B | stopped_B,
         seen_BV=decoding.seen_BV.at[jnp.arange(last_B.shape[0]), last_B].set(True),
-        count=decoding.count + 1,
     )
 
 
@@ -144,22 +145,22 @@ def start(
     key_data_BK: Array,
     sampling: Sampling,
     stop_ids: Array,
-    finished_B: Array,
+    limits_B: Array,
     ctx: Context,
     reader: Reader,
 ) -> Decoding:
-    """Reads the prompts and draws the first token of every row that has not finished."""
+    """Reads the prompts and draws the first token of every row whose limit is not 0."""
     x_B1D, state = reader.begin(model, params, prompt, ctx)
-    B = finished_B.shape[0]
+    B = limits_B.shape[0]
     seen_BV = jnp.zeros((B, model.vocab_size), bool)
     seen_BV = seen_BV.at[jnp.arange(B)[:, None], prompt.tokens_BT].max(prompt.segments_BT != 0)
     decoding = Decoding(
         state=state,
         last_B=jnp.zeros(B, jnp.int32),
         lengths_B=jnp.zeros(B, jnp.int32),
-        finished_B=finished_B,
+        limits_B=limits_B,
+        finished_B=limits_B == 0,
         seen_BV=seen_BV,
-        count=jnp.zeros((), jnp.int32),
         keys_B=jax.random.wrap_key_data(key_data_BK, impl=KEY_TYPE),
         sampling=sampling,
         stop_ids=stop_ids,
@@ -175,23 +176,43 @@ def step(model, params, decoding: Decoding, ctx: Context, reader: Reader) -> Dec
 
 @partial(jax.jit, static_argnames=("model", "reader", "room"), donate_argnames="decoding")
 def finish(
-    model, params, decoding: Decoding, limit: Array, ctx: Context, reader: Reader, room: int
+    model,
+    params,
+    decoding: Decoding,
+    ctx: Context,
+    reader: Reader,
+    room: int,
+    steps: Array | None = None,
+    waiting: Array | None = None,
 ) -> tuple[Array, Decoding]:
-    """Draws until every row has met a stop token, or `limit` tokens are drawn.
+    """Draws until every row has finished, or there is no room.
+
+    Args:
+      room: tokens of a row, the newest one before this call included.
+      steps: () int32, at most that many further tokens; None is as many as there is room for.
+      waiting: () boolean, whether somebody waits for a row: it stops where one finishes. None is
+        nobody.
 
     Returns:
-      (B, room) int32 tokens, of which each row's first `lengths_B` count; and the last state.
+      (B, room) int32 tokens, the first of which were there before; and the last state.
     """
     tokens_BN = jnp.zeros((decoding.last_B.shape[0], room), jnp.int32)
     tokens_BN = tokens_BN.at[:, 0].set(decoding.last_B)
+    before = decoding.finished_B
+    last = room - 1 if steps is None else jnp.minimum(steps, room - 1)
 
     def unfinished(carry):
-        _, decoding = carry
-        return (decoding.count < limit) & ~jnp.all(decoding.finished_B)
+        index, _, decoding = carry
+        goes_on = (index < last) & ~jnp.all(decoding.finished_B)
+        if waiting is not None:
+            goes_on &= ~(waiting & jnp.any(decoding.finished_B & ~before))
+        return goes_on
 
     def body(carry):
-        tokens_BN, decoding = carry
+        index, tokens_BN, decoding = carry
         decoding = _advance(model, params, decoding, ctx, reader)
-        return tokens_BN.at[:, decoding.count - 1].set(decoding.last_B), decoding
+        return index + 1, tokens_BN.at[:, index + 1].set(decoding.last_B), decoding
 
-    return jax.lax.while_loop(unfinished, body, (tokens_BN, decoding))
+    carry = (jnp.zeros((), jnp.int32), tokens_BN, decoding)
+    _, tokens_BN, decoding = jax.lax.while_loop(unfinished, body, carry)
+    return tokens_BN, decoding

@@ -1,7 +1,6 @@
 """Generation: prompts in, tokens or text out; whole, or streamed as they are drawn."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.core.context import Context
-from lm.data.chat import Messages
 from lm.infer.decoding import (
     CACHED,
-    KEY_TYPE,
     RECOMPUTE,
     Decoding,
     Prompt,
@@ -21,13 +18,19 @@ from lm.infer.decoding import (
     start,
     step,
 )
-from lm.infer.rows import Rows, bucket, check, encode, encode_source, pack, width_of
+from lm.infer.request import (
+    Setting,
+    Text,
+    encoded,
+    key_rows,
+    sampling_rows,
+    stop_rows,
+    stops,
+)
+from lm.infer.rows import Rows, bucket, check, pack, width_of
 from lm.models.adapter_rows import Adapters, choose
 from lm.models.encdec import EncoderDecoder
 from lm.ops.sampling import Sampling
-
-Setting = float | Sequence[float]
-Text = str | Messages
 
 
 class Generated(NamedTuple):
@@ -116,9 +119,7 @@ def generate_tokens(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    tokens, decoding = finish(
-        model, params, decoding, np.int32(max_new_tokens), call.ctx, call.reader, call.room
-    )
+    tokens, decoding = finish(model, params, decoding, call.ctx, call.reader, call.room)
     tokens, lengths = jax.device_get((tokens, decoding.lengths_B))
     tokens = tokens[: call.count, :max_new_tokens]
     lengths = lengths[: call.count]
@@ -210,11 +211,11 @@ def generate(
       ValueError: as `generate_tokens`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    stop_ids = _stops(loaded.tokenizer, stop_ids, prompts)
+    stop_ids = stops(loaded.tokenizer, stop_ids, prompts)
     new = generate_tokens(
         loaded.model,
         loaded.params,
-        **_encoded(loaded, prompts),
+        **encoded(loaded, prompts),
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         **options,
@@ -234,8 +235,8 @@ def stream(
     **options: Any,
 ) -> Iterator[str]:
     """Yields the text of `generate` for one prompt, piece by piece; arguments as there."""
-    stop_ids = _stops(loaded.tokenizer, stop_ids, [prompt])
-    rows = {name: value and value[0] for name, value in _encoded(loaded, [prompt]).items()}
+    stop_ids = stops(loaded.tokenizer, stop_ids, [prompt])
+    rows = {name: value and value[0] for name, value in encoded(loaded, [prompt]).items()}
     tokens = stream_tokens(
         loaded.model,
         loaded.params,
@@ -267,9 +268,6 @@ def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
         rest = tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
         if rest:
             yield rest
-
-
-STOP_ROOM = 8  # Stop tokens are padded to a multiple of this, so that few shapes are compiled.
 
 
 class _Call(NamedTuple):
@@ -321,10 +319,10 @@ def _begin(
         model,
         params,
         Prompt(*arrays),
-        _key_data(seed, keys, len(rows), count),
-        _sampling(Sampling(**settings), len(rows), count),
-        np.array([*stop_ids] + [-1] * (-len(stop_ids) % STOP_ROOM or STOP_ROOM), np.int32),
-        np.arange(count) >= len(rows),
+        key_rows(seed, keys, len(rows), count),
+        sampling_rows(Sampling(**settings), len(rows), count),
+        stop_rows(stop_ids),
+        np.where(np.arange(count) < len(rows), np.int32(max_new_tokens), 0),
         ctx,
         reader,
     )
@@ -344,57 +342,3 @@ def _with_start(model: Any, prompts: Rows | None, source: Rows | None) -> Rows:
     if len(prompts) != len(source):
         raise ValueError(f"there are {len(source)} sources and {len(prompts)} prompts: give pairs")
     return [[model.start_id, *row] for row in prompts]
-
-
-RANGES = {
-    "temperature": (lambda x: x >= 0, "0 or more"),
-    "top_k": (lambda x: x >= 0, "0 (off) or more"),
-    "top_p": (lambda x: (x > 0) & (x <= 1), "above 0, and at most 1 (off)"),
-    "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 (off) to 1"),
-    "repetition_penalty": (lambda x: x > 0, "above 0, where 1 is off"),
-}
-
-
-def _sampling(sampling: Sampling, count: int, padded: int) -> Sampling:
-    """Returns the settings as arrays of one number per row, after checking them."""
-    arrays = {}
-    for name, (accepts, words) in RANGES.items():
-        setting = getattr(sampling, name)
-        values = np.asarray(setting, np.int32 if name == "top_k" else np.float32)
-        if values.ndim and values.shape != (count,):
-            raise ValueError(f"{name} has shape {values.shape}: give one number, or {count}")
-        if not np.all(accepts(values)):
-            raise ValueError(f"{name} must be {words}, not {setting}")
-        arrays[name] = np.resize(values, padded)
-    return Sampling(**arrays)
-
-
-def _key_data(seed: int, keys: jax.Array | None, count: int, padded: int) -> Any:
-    if keys is None:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2^32 - 1, not {seed}")
-        return _fold_rows(np.uint32(seed), padded)
-    if keys.shape != (count,):
-        raise ValueError(f"keys have shape {keys.shape}: give {count}, one for each prompt")
-    data = np.asarray(jax.random.key_data(keys))
-    return np.pad(data, ((0, padded - count), (0, 0)))
-
-
-@partial(jax.jit, static_argnames="count")
-def _fold_rows(seed: jax.Array, count: int) -> jax.Array:
-    key = jax.random.key(seed, impl=KEY_TYPE)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
-    return jax.random.key_data(keys)
-
-
-def _stops(tokenizer: Any, stop_ids: Sequence[int], prompts: Sequence[Text]) -> list[int]:
-    ends = [tokenizer.eos_id]
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        ends.append(getattr(tokenizer, "end_of_turn", None))
-    return [*stop_ids, *(token for token in dict.fromkeys(ends) if token is not None)]
-
-
-def _encoded(loaded: Any, texts: Sequence[Text]) -> dict[str, Rows | None]:
-    if isinstance(loaded.model, EncoderDecoder):
-        return {"prompts": None, "source": [encode_source(loaded.tokenizer, t) for t in texts]}
-    return {"prompts": [encode(loaded.tokenizer, t) for t in texts], "source": None}
