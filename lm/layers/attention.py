@@ -1,7 +1,5 @@
 """Multi-head attention as a layer: projections, rotation, the KV cache."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,8 @@ import jax.numpy as jnp
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
+from lm.layers import cache
+from lm.layers.cache import Keys
 from lm.layers.projection import Projection
 from lm.ops.attention import attend
 from lm.ops.mask import Mask
@@ -20,7 +20,8 @@ Array = jax.Array
 class Attention(Part):
     """Self-attention with N query heads over K key heads (Vaswani et al., 2017).
 
-    Its decoding state is {'k', 'v'}, each (B, S, K, H) in the compute dtype.
+    Its decoding state is a cache of keys and values (`lm.layers.cache`); with a window, of no more
+    slots than that.
 
     Attributes:
       num_heads: N.
@@ -55,25 +56,22 @@ class Attention(Part):
         if self.rotary is not None:
             q_BTNH = self.rotary(q_BTNH, ctx.positions_BT)
             k_BTKH = self.rotary(k_BTKH, ctx.positions_BT)
+        index_T = indices(ctx, x_BTD.shape[1])
+        keys = Keys(k_BTKH, v_BTKH, index_T)
         if state is not None:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=ctx.slot, axis=1)
-            state = {"k": write(state["k"], k_BTKH), "v": write(state["v"], v_BTKH)}
-            k_BSKH, v_BSKH = state["k"], state["v"]
-        else:
-            k_BSKH, v_BSKH = k_BTKH, v_BTKH
-            if ctx.cache_length is not None:
-                room = ((0, 0), (0, ctx.cache_length - x_BTD.shape[1]), (0, 0), (0, 0))
-                state = {"k": jnp.pad(k_BTKH, room), "v": jnp.pad(v_BTKH, room)}
+            state, keys = cache.extend(state, keys, ctx.slot, self.window)
+        elif ctx.cache_length is not None:
+            state = cache.init(keys, ctx.cache_length, self.window)
         mask = Mask(
-            index_T=indices(ctx, x_BTD.shape[1]),
-            index_S=jnp.arange(k_BSKH.shape[1]),
+            index_T=index_T,
+            index_S=keys.index_S,
             segments_BT=ctx.segments_BT,
-            segments_BS=ctx.segments_BS,
+            segments_BS=keys.of(ctx.segments_BS),
             causal=bool(ctx.causal),
             window=self.window,
         )
-        options = dict(bias_NTS=ctx.bias_NTS, scale=self.scale, backend=ctx.attention)
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+        options = dict(bias_NTS=keys.of(ctx.bias_NTS), scale=self.scale, backend=ctx.attention)
+        out_BTNH = attend(q_BTNH, keys.k_BSKH, keys.v_BSKH, mask, **options)
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
 
     def project(self, name: str, heads: int) -> Projection:
