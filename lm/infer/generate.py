@@ -21,6 +21,7 @@ from lm.infer.decoding import (
 from lm.infer.request import (
     Setting,
     Text,
+    check_cache_dtype,
     encoded,
     key_rows,
     sampling_rows,
@@ -66,6 +67,7 @@ def generate_tokens(
     adapters: Adapters = None,
     pad_id: int = 0,
     cache: bool = True,
+    cache_dtype: str | None = None,
     dtype: str = "float32",
 ) -> Generated:
     """Continues every prompt until it meets a stop token or has `max_new_tokens` more.
@@ -91,6 +93,8 @@ def generate_tokens(
       pad_id: fills the rows of the result that ended early.
       cache: False reads the whole row again for every token: slow, for tests and for models
         without a decoding state.
+      cache_dtype: 'float32', 'bfloat16' or 'int8', what keys and values are kept in; None is the
+        compute dtype. A smaller one rounds them, and the text may come out another.
       dtype: the compute dtype.
 
     Returns:
@@ -112,6 +116,7 @@ def generate_tokens(
         source=source,
         adapters=adapters,
         cache=cache,
+        cache_dtype=cache_dtype,
         dtype=dtype,
         temperature=temperature,
         top_k=top_k,
@@ -119,7 +124,9 @@ def generate_tokens(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    tokens, decoding = finish(model, params, decoding, call.ctx, call.reader, call.room)
+    tokens, decoding = finish(
+        model, params, decoding, call.ctx, call.reader, call.room, np.int32(call.room), np.False_
+    )
     tokens, lengths = jax.device_get((tokens, decoding.lengths_B))
     tokens = tokens[: call.count, :max_new_tokens]
     lengths = lengths[: call.count]
@@ -289,6 +296,7 @@ def _begin(
     source: Rows | None = None,
     adapters: Adapters = None,
     cache: bool = True,
+    cache_dtype: str | None = None,
     dtype: str = "float32",
     **settings: Setting,
 ) -> tuple[Decoding, _Call]:
@@ -313,7 +321,8 @@ def _begin(
     arrays = pack(rows, width, count, left=cache)
     if source is not None:
         arrays += pack(source, width_of(source, model), count)
-    ctx = Context(dtype=dtype, cache_length=slots, adapter_B=adapter_B)
+    check_cache_dtype(cache_dtype)
+    ctx = Context(dtype=dtype, cache_length=slots, cache_dtype=cache_dtype, adapter_B=adapter_B)
     reader = CACHED if cache else RECOMPUTE
     decoding = start(
         model,

@@ -61,6 +61,15 @@ def _fold_rows(seed: jax.Array, count: int) -> jax.Array:
     return jax.random.key_data(keys)
 
 
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+def check_cache_dtype(name: str | None) -> None:
+    """Raises a ValueError for a dtype that a cache of keys and values cannot have."""
+    if name is not None and name not in CACHE_DTYPES:
+        raise ValueError(f"cache_dtype is one of {', '.join(CACHE_DTYPES)}, not {name!r}")
+
+
 def stop_rows(stop_ids: Sequence[int]) -> np.ndarray:
     """Returns stop tokens as an array of few shapes; -1 is none."""
     return np.array([*stop_ids] + [-1] * (-len(stop_ids) % STOP_ROOM or STOP_ROOM), np.int32)

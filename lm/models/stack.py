@@ -2,11 +2,11 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lm.core.context import Context
 from lm.core.part import Part
 from lm.layers.attention import indices
+from lm.layers.cache import places
 
 Array = jax.Array
 
@@ -70,9 +70,11 @@ class Stack(Part):
         if self.entry is not None:
             x_BTD = self.entry(x_BTD, ctx)
         if self.bias is not None:
-            length = x_BTD.shape[1] if ctx.segments_BS is None else ctx.segments_BS.shape[1]
-            bias_NTS = self.bias(indices(ctx, x_BTD.shape[1]), jnp.arange(length))
-            ctx = ctx.replace(bias_NTS=bias_NTS)
+            index_T = indices(ctx, x_BTD.shape[1])
+            index_S = index_T
+            if ctx.slot is not None:
+                index_S = places(index_T[-1] + 1, ctx.segments_BS.shape[1])
+            ctx = ctx.replace(bias_NTS=self.bias(index_T, index_S))
         old = state or dict.fromkeys(("prefix", "pattern", "suffix"))
         new = {}
         x_BTD, new["prefix"] = self.prefix(x_BTD, ctx, old["prefix"])
