@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
@@ -116,11 +116,11 @@ class CrossAttention(Attention):
             assert ctx.memory_BSD is not None, "cross attention without an encoder's output"
             k_BSKH, v_BSKH = self.keys_values(ctx.memory_BSD, ctx)
             if ctx.cache_length is not None:
-                keys = Keys(k_BSKH, v_BSKH, jnp.arange(k_BSKH.shape[1]))
+                keys = Keys(k_BSKH, v_BSKH, np.arange(k_BSKH.shape[1]))
                 state = cache.init(keys, k_BSKH.shape[1], dtype=ctx.cache_dtype)
         mask = Mask(
-            index_T=jnp.arange(x_BTD.shape[1]),
-            index_S=jnp.arange(k_BSKH.shape[1]),
+            index_T=np.arange(x_BTD.shape[1]),
+            index_S=np.arange(k_BSKH.shape[1]),
             segments_BT=ctx.segments_BT,
             segments_BS=ctx.source_segments_BS,
         )
@@ -129,6 +129,7 @@ class CrossAttention(Attention):
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
 
 
-def indices(ctx: Context, length: int) -> Array:
+def indices(ctx: Context, length: int) -> Array | np.ndarray:
     """Returns the (T,) places of the new tokens among the keys: slots of the cache, or 0..T-1."""
-    return jnp.arange(length) + (0 if ctx.slot is None else ctx.slot)
+    places = np.arange(length, dtype=np.int32)
+    return places if ctx.slot is None else places + ctx.slot

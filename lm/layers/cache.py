@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 State = dict[str, Array]
@@ -30,7 +31,7 @@ class Keys(NamedTuple):
 
     k_BSKH: Array
     v_BSKH: Array
-    index_S: Array
+    index_S: Array | np.ndarray
     all_slots: bool = True
 
     def of(self, x_BP: Array | None) -> Array | None:

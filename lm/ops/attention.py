@@ -1,10 +1,18 @@
 """Scaled dot-product attention (Vaswani et al., 2017), by any of its backends."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from lm.ops import cudnn, splash
+from lm.ops.cudnn import cudnn_attend
 from lm.ops.flash import flash_attend
 from lm.ops.mask import Mask
+from lm.ops.softcap import soft_cap
+from lm.ops.splash import splash_attend
 
 Array = jax.Array
 
@@ -37,18 +45,19 @@ def attend(
       softcap: squashes scaled scores to cap * tanh(score / cap) (Gemma 2), if given.
       sink_N: a score of each head for no key at all, which takes weight and gives nothing (Xiao et
         al., 2024), or None.
-      backend: 'reference' holds the scores of all places, 'flash' a block of them (`lm.ops.flash`);
-        'auto' is what `choose` chooses.
+      backend: a name in `BACKENDS`, or 'auto' for the one that `choose` chooses.
 
     Returns:
       (B, T, N, H) in the dtype of `v_BSKH`.
 
     Raises:
-      ValueError: for another backend.
+      ValueError: for another backend, or one that cannot compute this.
     """
     options = dict(bias_NTS=bias_NTS, scale=scale, softcap=softcap, sink_N=sink_N)
-    backend = choose(backend, q_BTNH.shape[1])
-    return BACKENDS[backend](q_BTNH, k_BSKH, v_BSKH, mask, **options)
+    choice = choose(backend, q_BTNH, k_BSKH, v_BSKH, mask, **options)
+    for choices in _watching:
+        choices.append(choice)
+    return BACKENDS[choice.backend].attend(q_BTNH, k_BSKH, v_BSKH, mask, **options)
 
 
 def reference_attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, **options) -> Array:
@@ -93,8 +102,7 @@ def _unnormalised(
         "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
     scores_BKGTS *= H**-0.5 if scale is None else scale
-    if softcap is not None:
-        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
+    scores_BKGTS = soft_cap(scores_BKGTS, softcap)
     if bias_NTS is not None:
         scores_BKGTS += bias_NTS.reshape(K, N // K, T, S).astype(jnp.float32)
     allowed_BTS = mask.allowed()
@@ -112,24 +120,113 @@ def _unnormalised(
     return weights_BKGTS, jnp.where(total_BKGT == 0, 1.0, total_BKGT)
 
 
-BACKENDS = {"reference": reference_attend, "flash": flash_attend}
+def accept(*operands, **options) -> None:
+    """Refuses nothing."""
 
 
-def choose(backend: str, length: int) -> str:
-    """Returns the backend for `length` queries, which 'auto' leaves open.
+class Backend(NamedTuple):
+    """A way to compute `attend`.
 
-    'flash' is faster from 256 places on: on two CPU cores, forwards and backwards with heads of 64,
-    1.3 times at 256 and 512, 2 times at 1,024, 2.7 times at 2,048.
+    Attributes:
+      attend: the function, of the same arguments.
+      refusal: returns why it cannot compute a call, or None; of the same arguments, with the
+        platform ('cpu', 'gpu', 'tpu') after the mask.
+    """
+
+    attend: Callable[..., Array]
+    refusal: Callable[..., str | None] = accept
+
+
+BACKENDS = {
+    "reference": Backend(reference_attend),  # Holds the scores of all places.
+    "flash": Backend(flash_attend),  # Holds a block of them, on any platform.
+    "cudnn": Backend(cudnn_attend, cudnn.refusal),  # NVIDIA's fused kernels.
+    "splash": Backend(splash_attend, splash.refusal),  # A fused kernel for TPUs.
+}
+FLASH_LENGTH = 256
+FUSED = {"gpu": "cudnn", "tpu": "splash"}
+
+
+class Choice(NamedTuple):
+    """Which backend computes a call of `attend`.
+
+    Attributes:
+      backend: its name.
+      what: the mask and the options of the call, in words.
+      instead: what was preferred to it, and why it cannot compute the call; or ''.
+    """
+
+    backend: str
+    what: str
+    instead: str = ""
+
+
+def choose(
+    backend: str,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    mask: Mask,
+    *,
+    platform: str | None = None,
+    **options,
+) -> Choice:
+    """Returns the backend for a call of `attend`, which 'auto' leaves open; arguments as there.
+
+    'auto' is 'reference' below 256 queries, where there is little to save. From there on it is the
+    platform's own fused kernel where that can compute the call, and 'flash' otherwise.
+
+    Args:
+      platform: 'cpu', 'gpu' or 'tpu'; None is that of jax's first device.
 
     Raises:
-      ValueError: for an unknown backend.
+      ValueError: for an unknown backend, or one that cannot compute this call.
     """
     names = ["auto", *BACKENDS]
     if backend not in names:
         raise ValueError(f"an attention backend is one of {', '.join(names)}, not {backend!r}")
+    platform = platform or jax.default_backend()
+    operands = (q_BTNH, k_BSKH, v_BSKH, mask, platform)
+    what = describe(mask, **options)
     if backend != "auto":
-        return backend
-    return "flash" if length >= FLASH_LENGTH else "reference"
+        if reason := BACKENDS[backend].refusal(*operands, **options):
+            raise ValueError(
+                f"attention ({what}) cannot be computed by {backend!r}: {reason}. Choose 'auto'"
+            )
+        return Choice(backend, what)
+    if q_BTNH.shape[1] < FLASH_LENGTH:
+        return Choice("reference", what)
+    if (fused := FUSED.get(platform)) is None:
+        return Choice("flash", what)
+    if reason := BACKENDS[fused].refusal(*operands, **options):
+        return Choice("flash", what, f"{fused}: {reason}")
+    return Choice(fused, what)
 
 
-FLASH_LENGTH = 256
+def describe(mask: Mask, **options) -> str:
+    """Returns a mask and the options of `attend` in a few words, such as 'causal, documents'."""
+    words = {
+        "causal": mask.causal,
+        "full": not mask.causal and mask.window is None,
+        f"window {mask.window}": mask.window is not None,
+        "prefix": mask.prefix_B is not None,
+        "documents": mask.segments_BS is not None,
+        "bias": options.get("bias_NTS") is not None,
+        "soft-cap": options.get("softcap") is not None,
+        "sinks": options.get("sink_N") is not None,
+    }
+    return ", ".join(word for word, holds in words.items() if holds)
+
+
+_watching: list[list[Choice]] = []
+
+
+@contextmanager
+def choices() -> Iterator[list[Choice]]:
+    """Gives a list of the choices of every call of `attend` that is traced meanwhile."""
+    found: list[Choice] = []
+    _watching.append(found)
+    try:
+        yield found
+    finally:
+        _watching.pop()

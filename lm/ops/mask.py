@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 Array = jax.Array
@@ -13,7 +14,8 @@ class Mask:
 
     Attributes:
       index_T, index_S: place of each query and key in the row, which `causal` and `window`
-        compare. In decoding they are slots of the cache.
+        compare. Numpy arrays where they are known before a program runs, so that it can be laid out
+        for them.
       segments_BT, segments_BS: documents of queries and keys; a query sees keys of its own
         document only, and none in segment 0, which is padding. None: one document.
       prefix_B: how many of the first places of each row `causal` does not hide (a prefix language
@@ -23,8 +25,8 @@ class Mask:
         sliding window, Jiang et al., 2023).
     """
 
-    index_T: Array
-    index_S: Array
+    index_T: Array | np.ndarray
+    index_S: Array | np.ndarray
     segments_BT: Array | None = None
     segments_BS: Array | None = None
     prefix_B: Array | None = None
@@ -33,12 +35,13 @@ class Mask:
 
     def allowed(self) -> Array:
         """Returns (B or 1, T, S) booleans, True where a query may see a key."""
-        distance_TS = self.index_T[:, None] - self.index_S[None, :]
+        index_T, index_S = jnp.asarray(self.index_T), jnp.asarray(self.index_S)
+        distance_TS = index_T[:, None] - index_S[None, :]
         allowed_BTS = jnp.ones_like(distance_TS, bool)[None]
         if self.causal:
             allowed_BTS &= distance_TS >= 0
             if self.prefix_B is not None:
-                allowed_BTS |= (self.index_S < self.prefix_B[:, None])[:, None, :]
+                allowed_BTS |= (index_S < self.prefix_B[:, None])[:, None, :]
         if self.window is not None:
             allowed_BTS &= jnp.abs(distance_TS) < self.window
         if self.segments_BS is not None:
@@ -47,19 +50,38 @@ class Mask:
                 allowed_BTS &= self.segments_BT[:, :, None] == self.segments_BS[:, None, :]
         return allowed_BTS
 
-    def reaches(self) -> Array:
-        """Returns a () boolean: False where no query can see any key, by their places alone.
+    def is_known(self) -> bool:
+        """Returns whether the places are values already while a program is still being traced."""
+        return not any(isinstance(x, jax.core.Tracer) for x in (self.index_T, self.index_S))
 
-        Segments do not count: they are divided over devices, and this must be the same on all.
+    def is_plain(self) -> bool:
+        """Returns whether queries and keys are known to be the places from 0 on, in order."""
+        return self.is_known() and all(
+            np.array_equal(index, np.arange(len(index))) for index in (self.index_T, self.index_S)
+        )
+
+    def reach(self, block: int) -> Array | np.ndarray:
+        """Returns which blocks of queries can see any key of which blocks, by their places alone.
+
+        Segments and prefixes do not count: they are divided over devices, and this must be the same
+        on all.
+
+        Args:
+          block: queries, and keys, of a block; both lengths are multiples of it.
+
+        Returns:
+          (T / block, S / block) booleans, of numpy where the places are known.
         """
-        nearest = self.index_T.min() - self.index_S.max()  # Of the keys before every query.
-        furthest = self.index_T.max() - self.index_S.min()
-        reaches = jnp.ones((), bool)
+        xp = np if self.is_known() else jnp
+        blocks_T, blocks_S = (xp.reshape(x, (-1, block)) for x in (self.index_T, self.index_S))
+        nearest = blocks_T.min(axis=1)[:, None] - blocks_S.max(axis=1)  # Of the keys before all.
+        furthest = blocks_T.max(axis=1)[:, None] - blocks_S.min(axis=1)
+        reach = xp.ones(nearest.shape, bool)
         if self.causal and self.prefix_B is None:
-            reaches &= furthest >= 0
+            reach &= furthest >= 0
         if self.window is not None:
-            reaches &= (nearest < self.window) & (furthest > -self.window)
-        return reaches
+            reach &= (nearest < self.window) & (furthest > -self.window)
+        return reach
 
     def part(self, t: Array, num_t: int, s: Array, num_s: int) -> "Mask":
         """Returns the mask of `num_t` queries from place t on and `num_s` keys from place s on."""

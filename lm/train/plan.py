@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lm.core.paths import flatten
 from lm.models import quantized
+from lm.ops.attention import Choice
 from lm.train.optimizer import is_matrix
 from lm.train.state import Recipe, TrainState
 
@@ -79,6 +80,15 @@ class Plan:
 
 def mega(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def attention_line(choices: Sequence[Choice]) -> str:
+    """Returns which backends compute the attention of a step, and why not a better one."""
+    lines = [
+        f"{choice.backend} ({choice.what})" + (f", not {choice.instead}" if choice.instead else "")
+        for choice in dict.fromkeys(choices)
+    ]
+    return "; ".join(lines) or "none"
 
 
 def make_plan(

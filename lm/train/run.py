@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from lm.core.batch import Batch
 from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
 from lm.data.tokenizer import load_tokenizer
-from lm.ops.attention import choose
+from lm.ops.attention import choices
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
-from lm.train.plan import Plan, make_plan
+from lm.train.plan import Plan, attention_line, make_plan
 from lm.train.run_dir import check_config, check_run_dir, claim_run_dir, config_of
 from lm.train.state import TrainState, abstract_state, init_state, state_shardings
 from lm.train.step import (
@@ -23,6 +23,7 @@ from lm.train.step import (
     check_batch_size,
     evaluate_batch,
     jit_step,
+    make_train_step,
     pmap_step,
     replicate,
     share_rows,
@@ -151,9 +152,13 @@ class Run:
         self.temporary_bytes = None
         if self.is_pmap:
             self.compiled = pmap_step(self.recipe, self.devices)
+            with choices() as self.attention:
+                jax.eval_shape(make_train_step(self.recipe), state, first)
         else:
             step = jit_step(self.recipe, self.mesh, state)
-            self.compiled = step.lower(state, self.place(first)).compile()
+            with choices() as self.attention:
+                lowered = step.lower(state, self.place(first))
+            self.compiled = lowered.compile()
             if memory := self.compiled.memory_analysis():
                 self.temporary_bytes = memory.temp_size_in_bytes
         self.evaluate = jax.jit(evaluate_batch, static_argnums=0)
@@ -217,7 +222,7 @@ class Run:
             f"{self.config.parallel}" + (f", mesh: {sizes}" if sizes else ""),
             "batch": f"{rows} rows of {length} in {self.config.micro_batches} parts, "
             f"{self.config.dtype}",
-            "attention": f"{choose(self.config.attention, length)}, where there is any",
+            "attention": attention_line(self.attention),
             "steps": f"{self.config.steps:,}"
             + (f", of which {self.step:,} are done" if self.step else ""),
             **({"data": about} if (about := getattr(self.data, "about", "")) else {}),

@@ -149,8 +149,14 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState | None = None) -> Ste
     """
     shapes = abstract_state(recipe) if state is None else state
     shardings = state_shardings(recipe, mesh, shapes)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # A kernel is divided over the mesh by itself, and so has to know it.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(recipe, state, batch)
+
     return jax.jit(
-        make_train_step(recipe),
+        step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

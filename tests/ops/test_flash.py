@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,20 @@ def case(kind, T=21, dtype=jnp.float32):
     return floats, Mask(jnp.arange(T), jnp.arange(T), **fields), options
 
 
-def run(function, floats, mask, options):
-    """Returns outputs, and the gradients of a random weighing of them."""
+def run(function, floats, mask, options, known=False):
+    """Returns outputs, and the gradients of a random weighing of them.
+
+    `known`: whether the places of the mask are known while the program is traced.
+    """
     weigh = draw(2, floats["q"].shape[1], N, H, seed=9)
+
+    index_T, index_S = (np.asarray(x) for x in (mask.index_T, mask.index_S))
 
     @jax.jit
     def both(floats, mask):
+        if known:
+            mask = mask.replace(index_T=index_T, index_S=index_S)
+
         def total(floats):
             rest = {n: x for n, x in floats.items() if n not in "qkv"}
             out = function(floats["q"], floats["k"], floats["v"], mask, **rest, **options)
@@ -63,14 +72,14 @@ def run(function, floats, mask, options):
     return both(floats, mask)
 
 
-@pytest.mark.ledger("B24")
+@pytest.mark.ledger("B24", "L52")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block", [4, 32])
-def test_equals_the_reference(kind, block):
+@pytest.mark.parametrize("block, known", [(4, True), (4, False), (32, True)])
+def test_equals_the_reference(kind, block, known):
     """Forwards and backwards, for every mask, whether blocks divide the length or not."""
     floats, mask, options = case(kind)
     expected, their_grads = run(attend, floats, mask, options)
-    out, grads = run(flash.flash_attend, floats, mask, dict(options, block=block))
+    out, grads = run(flash.flash_attend, floats, mask, dict(options, block=block), known)
     np.testing.assert_allclose(out, expected, atol=2e-6)
     for name, grad in grads.items():
         scale = float(jnp.abs(their_grads[name]).max())
@@ -108,8 +117,8 @@ def test_places_of_a_cache():
     np.testing.assert_allclose(out, attend(q, k, v, mask), atol=2e-6)
 
 
-def products(monkeypatch, length, block, **fields):
-    """Counts the blocks of scores that a forward pass really computes."""
+def products(monkeypatch, length, block, known=True, **fields):
+    """Counts the blocks of scores that a forward and a backward pass really compute."""
     counted = []
     scores = flash._scores
 
@@ -118,24 +127,50 @@ def products(monkeypatch, length, block, **fields):
         return scores(*args)
 
     monkeypatch.setattr(flash, "_scores", count)
-    q, k, v = draw(1, length, 1, H), draw(1, length, 1, H, seed=1), draw(1, length, 1, H, seed=2)
-    mask = Mask(jnp.arange(length), jnp.arange(length), **fields)
-    jax.block_until_ready(flash.flash_attend(q, k, v, mask, block=block))
+    x = draw(1, length, 1, H)
+
+    def total(x, index):
+        mask = Mask(np.arange(length) if known else index, np.arange(length), **fields)
+        return flash.flash_attend(x, x, x, mask, block=block).sum()
+
+    jax.block_until_ready(jax.jit(jax.grad(total))(x, jnp.arange(length)))
     jax.effects_barrier()
     monkeypatch.undo()
     return len(counted)
 
 
-def test_windows_and_causality_spare_products(monkeypatch):
+@pytest.mark.parametrize("known", [True, False], ids=["known", "traced"])
+def test_windows_and_causality_spare_products(monkeypatch, known):
     """A window costs O(T W): the count is that of the blocks it touches, linear in the length."""
     block, window = 16, 24
     for length in (128, 256):
         blocks = length // block
-        assert products(monkeypatch, length, block) == blocks**2
-        assert products(monkeypatch, length, block, causal=True) == blocks * (blocks + 1) // 2
+
+        def count(block=block, length=length, **fields):
+            return products(monkeypatch, length, block, known, **fields)
+
+        assert count() == 2 * blocks**2
+        assert count(causal=True) == blocks * (blocks + 1)
         # A block of queries touches its own block and the ceil((W - 1) / C) before it.
         touched = sum(min(n + 1, 1 + -(-(window - 1) // block)) for n in range(blocks))
-        assert products(monkeypatch, length, block, causal=True, window=window) == touched
+        assert count(causal=True, window=window) == 2 * touched
+
+
+def test_rounds_are_products_and_known_to_the_compiler():
+    """No round of a loop is idle: a window of W takes O(T W) of them, and the program says so."""
+
+    def rounds(T, **fields):
+        x = jax.ShapeDtypeStruct((1, T, 1, H), jnp.float32)
+        mask = Mask(np.arange(T), np.arange(T), **fields)
+        loss = jax.grad(lambda x: flash.flash_attend(x, x, x, mask, block=64).sum())
+        text = jax.jit(loss).lower(x).compile().as_text()
+        return [int(n) for n in re.findall(r'"known_trip_count":{"n":"(\d+)"}', text)]
+
+    assert rounds(512) == [64, 64]
+    assert rounds(512, causal=True) == [36, 36]
+    # Two blocks for each but the first.
+    assert rounds(512, causal=True, window=65) == [15, 15]
+    assert rounds(1024, causal=True, window=65) == [31, 31]
 
 
 @pytest.mark.ledger("B24")
@@ -158,5 +193,5 @@ def test_memory_is_linear_in_the_length():
 
 def test_unknown_backend():
     floats, mask, _ = case("causal")
-    with pytest.raises(ValueError, match="auto, reference, flash, not 'flsh'"):
+    with pytest.raises(ValueError, match="auto, reference, flash, cudnn, splash, not 'flsh'"):
         attend(floats["q"], floats["k"], floats["v"], mask, backend="flsh")

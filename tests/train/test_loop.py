@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def test_the_plan_comes_first(finished):
     assert "5,067 trained, 0 frozen" in lines[0]
     for name in ("memory", "tokens per step", "FLOPs per step", "devices", "run directory"):
         assert name in lines[0]
+    assert re.search("attention +reference \\(causal, documents\\)\n", lines[0])
     assert lines[1].startswith("step      1")
 
 
@@ -240,6 +242,7 @@ def test_a_masked_batch_without_a_mask_stops_the_run(tmp_path):
         (dict(steps=-1), "train.steps is 0 or more"),
         (dict(dtype="float16"), "train.dtype is one of float32, bfloat16, not 'float16'"),
         (dict(parallel="threads"), "train.parallel is one of jit, pmap"),
+        (dict(attention="cudnn"), "by 'cudnn': it runs on NVIDIA GPUs, and this is a cpu"),
         (dict(keep=0), "train.keep is 1 or more"),
     ],
 )

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019): a pre-norm decoder with learned positions and a tied head."""
+"""GPT-2 (Radford et al., 2019) and GPT-3: pre-norm, learned positions and a tied head."""
 
 import math
 
@@ -18,34 +18,32 @@ from lm.models.tasks import DECODER_TASKS, classifier_rows
 
 
 def gpt2(
-    vocab_size: int = 50257,
-    max_length: int = 1024,
-    num_features: int = 768,
-    num_heads: int = 12,
-    num_layers: int = 12,
-    mlp_features: int | None = None,
-    eps: float = 1e-5,
-    dropout: float = 0.0,
-) -> Decoder:
-    """Returns the model; kernels into the residual stream start smaller by sqrt(2 * layers)."""
-    out_init = Normal(0.02 / math.sqrt(2 * num_layers))
-    attention = Attention(
-        num_heads,
-        num_features // num_heads,
-        qkv_bias=True,
-        out_bias=True,
-        kernel_init=Normal(),
-        out_init=out_init,
-    )
-    mlp = MLP(
-        mlp_features or 4 * num_features, "gelu_tanh", kernel_init=Normal(), down_init=out_init
-    )
+    vocab_size: int = 50257, max_length: int = 1024, num_features: int = 768, num_heads: int = 12,
+    num_layers: int = 12, mlp_features: int | None = None, eps: float = 1e-5, dropout: float = 0.0,
+    window: int | None = None,
+) -> Decoder:  # fmt: skip
+    """Returns the model; kernels into the residual stream start smaller by sqrt(2 * layers).
+
+    With a `window` every second layer sees only that many places, as in GPT-3 (Brown et al., 2020).
+    """
+    bands = (None,) if window is None else (None, window)
+    if num_layers % len(bands):
+        raise ValueError(f"layers that alternate are an even number, not {num_layers}")
+    init, out_init = Normal(), Normal(0.02 / math.sqrt(2 * num_layers))
+    heads = (num_heads, num_features // num_heads)
+    kernels = dict(kernel_init=init, out_init=out_init)
+    mlp = MLP(mlp_features or 4 * num_features, "gelu_tanh", kernel_init=init, down_init=out_init)
     norm = LayerNorm(eps)
+
+    def block(band: int | None) -> Block:
+        attention = Attention(*heads, window=band, qkv_bias=True, out_bias=True, **kernels)
+        return Block(PreNorm(attention, norm, dropout), PreNorm(mlp, norm, dropout))
+
     return Decoder(
         Embed(vocab_size, num_features, table_init=Normal()),
         Stack(
-            (Block(PreNorm(attention, norm, dropout), PreNorm(mlp, norm, dropout)),),
-            num_layers,
+            tuple(map(block, bands)),
+            num_layers // len(bands),
             entry=Entry(LearnedPositions(max_length, table_init=Normal()), dropout=dropout),
             norm=norm,
         ),
@@ -97,6 +95,7 @@ def weights(model: Decoder) -> list[Weight]:
     ]
 
 
+GPT3 = dict(max_length=2048, window=256)  # The paper does not say how wide its bands are.
 FAMILY = Family(
     name="gpt2",
     build=gpt2,
@@ -105,9 +104,12 @@ FAMILY = Family(
         "medium": dict(num_features=1024, num_heads=16, num_layers=24),
         "large": dict(num_features=1280, num_heads=20, num_layers=36),
         "xl": dict(num_features=1600, num_heads=25, num_layers=48),
+        "gpt3-small": GPT3,
+        "gpt3-6.7b": dict(**GPT3, num_features=4096, num_heads=32, num_layers=32),
+        "gpt3-175b": dict(**GPT3, num_features=12288, num_heads=96, num_layers=96),
     },
     tiny=dict(vocab_size=61, max_length=64, num_features=32, num_heads=4, num_layers=3),
-    ledger=("B22", "B51", "N53"),
+    ledger=("B22", "B51", "B52", "L28", "N53"),
     classes={"gpt2": "GPT2LMHeadModel"},
     heads={"LMHeadModel": {}, **DECODER_TASKS},
     fields=FIELDS,
