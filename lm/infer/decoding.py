@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lm.core.context import Context
+from lm.models.stack import apart
 from lm.ops.sampling import Sampling, sample
 
 Array = jax.Array
@@ -153,8 +154,9 @@ def start(
     reader: Reader,
 ) -> Decoding:
     """Reads the prompts and draws the first token of every row whose limit is not 0."""
+    params = apart(params)
     x_B1D, state = reader.begin(model, params, prompt, ctx)
-    decoding = _undrawn(model, prompt, state, key_data_BK, sampling, stop_ids, limits_B)
+    decoding = _undrawn(model, prompt, apart(state), key_data_BK, sampling, stop_ids, limits_B)
     return _draw(model, params, x_B1D, ctx, decoding)
 
 
@@ -192,7 +194,7 @@ def idle(model, params, slots: int, stop_ids: Array, ctx: Context, place: Array)
     prompt, zeros_B = Prompt(tokens_B1, tokens_B1), jnp.zeros(slots)
     _, state = jax.eval_shape(partial(_begin_cached, model), params, prompt, ctx)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
-    state["slot"] = place
+    state = apart({**state, "slot": place})
     sampling = Sampling(zeros_B, zeros_B.astype(jnp.int32), zeros_B + 1, zeros_B, zeros_B + 1)
     key_data_BK = jnp.zeros((slots, 2), jnp.uint32)
     limits_B = jnp.zeros(slots, jnp.int32)
@@ -221,12 +223,13 @@ def admit(
       key_data_1K, sampling, limit_1: of this prompt.
       ctx: of this row.
     """
-    length = prompt.tokens_BT.shape[1]
+    params = apart(params)
+    slots, length = len(decoding.last_B), prompt.tokens_BT.shape[1]
 
     def nothing(path, leaf):
         shape = list(leaf.shape)
         if shape:
-            shape[_row_axis(path)] = 1
+            shape[_row_axis(path)] //= slots
         return jnp.zeros(shape, leaf.dtype)
 
     state = jax.tree_util.tree_map_with_path(nothing, decoding.state)
@@ -240,21 +243,24 @@ def admit(
     def put(path, whole, new):
         if not whole.ndim:
             return whole
-        return jax.lax.dynamic_update_slice_in_dim(whole, new, row, _row_axis(path))
+        axis = _row_axis(path)
+        first = row * new.shape[axis]  # A cache has several of its own rows for one of ours.
+        return jax.lax.dynamic_update_slice_in_dim(whole, new, first, axis)
 
     changed = jax.tree_util.tree_map_with_path(put, decoding, one)
     return changed.replace(stop_ids=decoding.stop_ids)
 
 
 def _row_axis(path: tuple) -> int:
-    """Returns the dimension of a leaf of `Decoding` that is the rows: a pattern's come stacked."""
-    return int(any(getattr(key, "key", None) == "pattern" for key in path))
+    """Returns the dimension of a leaf of `Decoding` that is the rows: that of a stack is 1."""
+    stacked = any(getattr(key, "key", None) == "pattern" for key in path)
+    return int(stacked and isinstance(path[-1], jax.tree_util.DictKey))
 
 
 @partial(jax.jit, static_argnames=("model", "reader"), donate_argnames="decoding")
 def step(model, params, decoding: Decoding, ctx: Context, reader: Reader) -> Decoding:
     """Draws one more token of every row."""
-    return _advance(model, params, decoding, ctx, reader)
+    return _advance(model, apart(params), decoding, ctx, reader)
 
 
 @partial(jax.jit, static_argnames=("model", "reader", "room"), donate_argnames="decoding")
@@ -278,6 +284,7 @@ def finish(
     Returns:
       (B, room) int32 tokens, the first of which were there before; and the last state.
     """
+    params = apart(params)
     tokens_BN = jnp.zeros((decoding.last_B.shape[0], room), jnp.int32)
     tokens_BN = tokens_BN.at[:, 0].set(decoding.last_B)
     before = decoding.finished_B

@@ -111,7 +111,8 @@ class CrossAttention(Attention):
     def __call__(self, x_BTD: Array, ctx: Context, state=None):
         q_BTNH = self.project("q", self.num_heads)(x_BTD, ctx)
         if state is not None:
-            k_BSKH, v_BSKH = cache.read(state, q_BTNH.dtype)
+            heads = self.num_kv_heads or self.num_heads
+            k_BSKH, v_BSKH = cache.read(state, q_BTNH[:, :, :heads])
         else:
             assert ctx.memory_BSD is not None, "cross attention without an encoder's output"
             k_BSKH, v_BSKH = self.keys_values(ctx.memory_BSD, ctx)

@@ -6,7 +6,9 @@ for as many places as a row may come to have; where places go on beyond that, ea
 oldest, which then must belong to a row that is done.
 
 Keys and values are stored in the compute dtype, in another float dtype, or as int8 codes with an
-fp32 scale for each place and head: largest absolute value / 127.
+fp32 scale for each place and head: largest absolute value / 127. The places of one head of one row
+lie together, (M, S, H) with M = B K: so a query is multiplied with them as they lie, and XLA's CPU
+backend writes a new key in place.
 """
 
 from typing import NamedTuple
@@ -54,11 +56,11 @@ def init(new: Keys, slots: int, window: int | None = None, dtype: str | None = N
     if window is not None:
         slots = min(slots, window)
 
-    def store(x_BT: Array) -> Array:
-        excess = x_BT.shape[1] - slots
+    def store(x_MT: Array) -> Array:
+        excess = x_MT.shape[1] - slots
         if excess > 0:
-            return jnp.roll(x_BT[:, excess:], excess % slots, axis=1)
-        return jnp.pad(x_BT, ((0, 0), (0, -excess), *((0, 0),) * (x_BT.ndim - 2)))
+            return jnp.roll(x_MT[:, excess:], excess % slots, axis=1)
+        return jnp.pad(x_MT, ((0, 0), (0, -excess), *((0, 0),) * (x_MT.ndim - 2)))
 
     return {name: store(x) for name, x in _stored(new, dtype or str(new.k_BSKH.dtype)).items()}
 
@@ -75,13 +77,13 @@ def extend(state: State, new: Keys, slot: Array, window: int | None = None) -> t
     Returns:
       The new state, and the keys that the new tokens may look at, themselves included.
     """
-    T, S, dtype = new.k_BSKH.shape[1], state["k"].shape[1], new.k_BSKH.dtype
+    T, S, like = new.k_BSKH.shape[1], state["k"].shape[1], new.k_BSKH
     stored = _stored(new, str(state["k"].dtype))
     if window is None or T == 1:  # With a window, the key that is written over is out of sight.
         state = {name: write(state[name], x, slot) for name, x in stored.items()}
-        return state, Keys(*read(state, dtype), places(slot + T, S), all_slots=window is None)
+        return state, Keys(*read(state, like), places(slot + T, S), all_slots=window is None)
     # The first of several queries still sees keys that the last of them overwrites.
-    old = Keys(*read(state, dtype), places(slot, S))
+    old = Keys(*read(state, like), places(slot, S))
     seen = (jnp.concatenate(pair, axis=1) for pair in zip(old[:2], new[:2]))
     index_S = jnp.concatenate([old.index_S, new.index_S])
     first = max(0, T - S)
@@ -89,14 +91,21 @@ def extend(state: State, new: Keys, slot: Array, window: int | None = None) -> t
     return state, Keys(*seen, index_S, all_slots=False)
 
 
-def read(state: State, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Returns the (B, S, K, H) keys and values of all slots in a dtype."""
+def read(state: State, like_BTKH: Array) -> tuple[Array, Array]:
+    """Returns the (B, S, K, H) keys and values of all slots.
+
+    Args:
+      state: a cache.
+      like_BTKH: any array with their rows, heads and dtype.
+    """
+    B, _, K, _ = like_BTKH.shape
 
     def decoded(name: str) -> Array:
-        x_BSKH = state[name]
-        if x_BSKH.dtype != jnp.int8:
-            return x_BSKH.astype(dtype)
-        return (x_BSKH.astype(jnp.float32) * state[f"{name}_scale"][..., None]).astype(dtype)
+        x_MSH = state[name]
+        if x_MSH.dtype == jnp.int8:
+            x_MSH = x_MSH.astype(jnp.float32) * state[f"{name}_scale"][..., None]
+        x_BKSH = x_MSH.astype(like_BTKH.dtype).reshape(B, K, *x_MSH.shape[1:])
+        return x_BKSH.swapaxes(1, 2)
 
     return decoded("k"), decoded("v")
 
@@ -105,12 +114,14 @@ def _stored(new: Keys, dtype: str) -> State:
     """Returns keys and values as a cache of a dtype has them."""
     state = {}
     for name, x_BTKH in (("k", new.k_BSKH), ("v", new.v_BSKH)):
+        B, T, K, H = x_BTKH.shape
+        x_MTH = x_BTKH.swapaxes(1, 2).reshape(B * K, T, H)
         if dtype == "int8":
-            x_BTKH = x_BTKH.astype(jnp.float32)
-            scale_BTK = jnp.max(jnp.abs(x_BTKH), axis=-1) / 127
-            state[f"{name}_scale"] = scale_BTK
-            x_BTKH = jnp.round(x_BTKH / jnp.where(scale_BTK == 0, 1.0, scale_BTK)[..., None])
-        state[name] = x_BTKH.astype(dtype)
+            x_MTH = x_MTH.astype(jnp.float32)
+            scale_MT = jnp.max(jnp.abs(x_MTH), axis=-1) / 127
+            state[f"{name}_scale"] = scale_MT
+            x_MTH = jnp.round(x_MTH / jnp.where(scale_MT == 0, 1.0, scale_MT)[..., None])
+        state[name] = x_MTH.astype(dtype)
     return state
 
 
