@@ -180,6 +180,14 @@ def _undrawn(
     )
 
 
+def lay_apart(params):
+    """Returns parameters as the loop has them, for many calls: each would make them so by itself.
+
+    On a CPU it is a copy of the stacked ones.
+    """
+    return jax.jit(apart)(params) if jax.default_backend() == "cpu" else params
+
+
 @partial(jax.jit, static_argnames=("model", "slots"))
 def idle(model, params, slots: int, stop_ids: Array, ctx: Context, place: Array) -> Decoding:
     """Returns rows that are all free, for `admit`: the state of no tokens, from a place on.

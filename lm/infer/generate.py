@@ -1,6 +1,8 @@
 """Generation: prompts in, tokens or text out; whole, or streamed as they are drawn."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from lm.infer.decoding import (
     Prompt,
     Reader,
     finish,
+    lay_apart,
     start,
     step,
 )
@@ -49,6 +52,31 @@ class Generated(NamedTuple):
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths)]
 
 
+class Speed(NamedTuple):
+    """How long a call took.
+
+    Attributes:
+      first_token: seconds until every prompt had its first token. The first call of a shape
+        compiles its program, and this counts it.
+      seconds: for the rest, without compiling.
+      tokens: drawn in those.
+    """
+
+    first_token: float
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.first_token:.2f} s to the first token, "
+            f"then {self.tokens_per_second:,.1f} tokens/s"
+        )
+
+
 def generate_tokens(
     model: Any,
     params: Any,
@@ -69,6 +97,7 @@ def generate_tokens(
     cache: bool = True,
     cache_dtype: str | None = None,
     dtype: str = "float32",
+    report: Callable[[Speed], Any] | None = None,
 ) -> Generated:
     """Continues every prompt until it meets a stop token or has `max_new_tokens` more.
 
@@ -96,6 +125,7 @@ def generate_tokens(
       cache_dtype: 'float32', 'bfloat16' or 'int8', what keys and values are kept in; None is the
         compute dtype. A smaller one rounds them, and the text may come out another.
       dtype: the compute dtype.
+      report: is told how fast it was, such as `print`.
 
     Returns:
       The new tokens.
@@ -105,6 +135,7 @@ def generate_tokens(
         range; if there is a source and no encoder, or the reverse; if there is no adapter of a
         number, or several and none is chosen.
     """
+    began = time.perf_counter()
     decoding, call = _begin(
         model,
         params,
@@ -124,10 +155,17 @@ def generate_tokens(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    tokens, decoding = finish(
-        model, params, decoding, call.ctx, call.reader, call.room, np.int32(call.room), np.False_
-    )
+    draw = partial(finish, model, params, ctx=call.ctx, reader=call.reader, room=call.room)
+    if report is not None:
+        jax.block_until_ready(decoding.last_B)
+        first_token = time.perf_counter() - began
+        _, decoding = draw(decoding, steps=np.int32(0), waiting=np.False_)  # It only compiles.
+        began = time.perf_counter()
+    tokens, decoding = draw(decoding, steps=np.int32(call.room), waiting=np.False_)
     tokens, lengths = jax.device_get((tokens, decoding.lengths_B))
+    if report is not None:
+        later = int(lengths.sum()) - call.count
+        report(Speed(first_token, time.perf_counter() - began, later))
     tokens = tokens[: call.count, :max_new_tokens]
     lengths = lengths[: call.count]
     valid = np.arange(max_new_tokens) < lengths[:, None]
@@ -146,11 +184,12 @@ def stream_tokens(
     if options.get("source") is not None:
         options["source"] = [options["source"]]
     decoding, call = _begin(model, params, [prompt], max_new_tokens=max_new_tokens, **options)
+    apart = lay_apart(params)
     for index in range(max_new_tokens):
         # The next token is under way before this one is read, so that the device never waits.
         token, finished = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
         if index + 1 < max_new_tokens:
-            decoding = step(model, params, decoding, call.ctx, call.reader)
+            decoding = step(model, apart, decoding, call.ctx, call.reader)
         yield int(token[0])
         if finished[0]:
             return
@@ -177,13 +216,14 @@ def generate_until(
       options: those of `generate_tokens`.
     """
     decoding, call = _begin(model, params, prompts, max_new_tokens=max_new_tokens, **options)
+    apart = lay_apart(params)
     rows: list[list[int]] = [[] for _ in range(call.count)]
     unfinished = set(range(call.count))
     for index in range(max_new_tokens):
         # The next tokens are under way before these are read.
         tokens_B, finished_B = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
         if index + 1 < max_new_tokens:
-            decoding = step(model, params, decoding, call.ctx, call.reader)
+            decoding = step(model, apart, decoding, call.ctx, call.reader)
         tokens_B, finished_B = jax.device_get((tokens_B, finished_B))
         for row in sorted(unfinished):
             rows[row].append(int(tokens_B[row]))

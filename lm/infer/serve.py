@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from lm.core.context import Context
-from lm.infer.decoding import CACHED, Prompt, admit, finish, idle
+from lm.infer.decoding import CACHED, Prompt, admit, finish, idle, lay_apart
 from lm.infer.request import (
     Setting,
     Text,
@@ -113,17 +114,18 @@ class Batcher:
         for name, number in {**numbers, "chunk": chunk}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}")
-        self.model, self.params = model, params
+        self.model, self.params = model, lay_apart(params)
         self.prompt_length, self.max_new_tokens = prompt_length, max_new_tokens
         self.room = chunk + 1
         most = bucket(prompt_length, least=16)
         self.widest = most if model.max_length is None else min(most, model.max_length)
         length = self.widest + bucket(max_new_tokens, least=16)
         self.ctx = Context(dtype=dtype, cache_dtype=cache_dtype)
+        self.choose = partial(choose, params, rows=1)
         self.adapter_B = np.full(slots, -1, np.int32) if num_adapters(params)[1] else None
         self.decoding = idle(
             model,
-            params,
+            self.params,
             slots,
             stop_rows(stop_ids),
             self.ctx.replace(cache_length=length, adapter_B=self.adapter_B),
@@ -191,7 +193,7 @@ class Batcher:
             key_data_1K,
             sampling_rows(sampling, 1, 1),
             limit,
-            choose(self.params, adapter, 1),
+            self.choose(adapter),
             time.perf_counter(),
         )
         self.waiting.append(request)
@@ -270,6 +272,7 @@ def generate_many(
     dtype: str = "float32",
     cache_dtype: str | None = None,
     chunk: int = 32,
+    only: Sequence[int] | None = None,
     **settings: Setting,
 ) -> Iterator[Finished]:
     """Yields what follows each of many prompts as soon as it is finished, `slots` at a time.
@@ -281,6 +284,7 @@ def generate_many(
       prompts: texts or conversations, as of `generate`.
       max_new_tokens, stop_ids, seed, keys, adapters, settings: as there.
       slots, dtype, cache_dtype, chunk: as of `Batcher`.
+      only: numbers of the prompts to continue, the others being there already; None is all.
 
     Raises:
       ValueError: as `generate` and `Batcher`, before anything is read.
@@ -304,9 +308,10 @@ def generate_many(
         cache_dtype=cache_dtype,
         chunk=chunk,
     )
-    for index, row in enumerate(rows):
+    numbers = range(count) if only is None else only
+    for index in numbers:
         batcher.enqueue(
-            row,
+            rows[index],
             max_new_tokens,
             key_data[index : index + 1],
             jax.tree.map(itemgetter(index), sampling),
@@ -314,7 +319,8 @@ def generate_many(
         )
     for finished in batcher.run():
         kept = [token for token in finished.tokens if token not in stop_ids]
-        yield finished._replace(text=loaded.tokenizer.decode(kept))
+        text = loaded.tokenizer.decode(kept)
+        yield finished._replace(index=numbers[finished.index], text=text)
 
 
 def check_decoder(model: Any) -> None:
