@@ -47,6 +47,13 @@ setup(
             "pyarrow>=14",  # Reads two of the benchmarks.
             "lm-eval>=0.4.13",
         ],
+        "bench": [
+            "torch>=2.6",
+            "transformers>=5.0",
+            "peft>=0.21",
+            # litgpt asks for an older hub client than transformers: give it an environment of its
+            # own (benchmarks/README.md).
+        ],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

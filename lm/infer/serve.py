@@ -217,7 +217,7 @@ class Batcher:
         request = self.rows[row] = self.waiting.popleft()
         request.admitted = time.perf_counter()
         width = min(bucket(len(request.prompt), least=16), self.widest)
-        if self.adapter_B is not None:
+        if self.adapter_B is not None and request.adapter_B is not None:
             self.adapter_B[row] = request.adapter_B[0]
         self.decoding = admit(
             self.model,
@@ -291,7 +291,7 @@ def generate_many(
     """
     check_decoder(loaded.model)
     stop_ids = stops(loaded.tokenizer, stop_ids, prompts)
-    rows = encoded(loaded, prompts)["prompts"]
+    rows = encoded(loaded, prompts)["prompts"] or []
     check(rows, loaded.model, room=max_new_tokens)
     count = len(rows)
     key_data = np.asarray(key_rows(seed, keys, count, bucket(count)))

@@ -19,7 +19,7 @@ def num_adapters(params: Mapping[str, Any]) -> tuple[int, bool]:
     if path is None:
         return 0, False
     leaves = beside(flat, path)
-    stacked = several(leaves, leaf_of(flat, path))
+    stacked = bool(several(leaves, leaf_of(flat, path)))
     return (leaves["scale"].shape[-1] if stacked else 1), stacked
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 
 from lm.ops import cudnn, splash
@@ -142,7 +143,7 @@ class Backend(NamedTuple):
     Attributes:
       attend: the function, of the same arguments.
       refusal: returns why it cannot compute a call, or None; of the same arguments, with the
-        platform ('cpu', 'gpu', 'tpu') after the mask.
+        platform (`target_platform`) after the mask.
     """
 
     attend: Callable[..., Array]
@@ -189,7 +190,7 @@ def choose(
     platform's own fused kernel where that can compute the call, and 'flash' otherwise.
 
     Args:
-      platform: 'cpu', 'gpu' or 'tpu'; None is that of jax's first device.
+      platform: as of `target_platform`; None is that.
 
     Raises:
       ValueError: for an unknown backend, or one that cannot compute this call.
@@ -197,7 +198,7 @@ def choose(
     names = ["auto", *BACKENDS]
     if backend not in names:
         raise ValueError(f"an attention backend is one of {', '.join(names)}, not {backend!r}")
-    platform = platform or jax.default_backend()
+    platform = platform or target_platform()
     operands = (q_BTNH, k_BSKH, v_BSKH, mask, platform)
     what = describe(mask, **options)
     if backend != "auto":
@@ -213,6 +214,17 @@ def choose(
     if reason := BACKENDS[fused].refusal(*operands, **options):
         return Choice("flash", what, f"{fused}: {reason}")
     return Choice(fused, what)
+
+
+def target_platform() -> str:
+    """Returns what is compiled for, that of the mesh or of jax: 'cpu', 'tpu', 'gpu' or 'rocm'."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind.lower()
+    for name in ("cpu", "tpu"):
+        if kind.startswith(name):
+            return name
+    is_amd = "rocm" in jax.extend.backend.get_backend().platform_version.lower()
+    return "rocm" if is_amd else jax.default_backend()
 
 
 def describe(mask: Mask, **options) -> str:

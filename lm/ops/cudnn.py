@@ -53,6 +53,12 @@ def has_own_mask(mask: Mask) -> bool:
     return plain and (mask.window is None or mask.causal)
 
 
+def capability() -> float | None:
+    """Returns the compute capability of the first device, if it is one of NVIDIA's."""
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    return float(found) if jax.default_backend() == "gpu" and found else None
+
+
 def refusal(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -65,14 +71,18 @@ def refusal(
     softcap: float | None = None,
     sink_N: Array | None = None,
 ) -> str | None:
-    """Returns why cuDNN cannot compute this on a platform ('cpu', 'gpu', 'tpu'), or None."""
+    """Returns why cuDNN cannot compute this on a platform ('cpu', 'gpu', ...), or None."""
     T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[-1]
+    sort = (capability() if platform == "gpu" else None) or 8.0
+    widest = 256 if sort >= 9 else 128
+    fits = H in range(8, widest + 1, 8)
     dtypes = {x.dtype for x in (q_BTNH, k_BSKH, v_BSKH)}
     reasons = {
         f"it runs on NVIDIA GPUs, and this is a {platform}": platform != "gpu",
+        f"it needs compute capability 8.0, and this GPU has {sort}": sort < 8,
         f"it computes in bfloat16 or float16, and this is {q_BTNH.dtype}": len(dtypes) > 1
         or q_BTNH.dtype not in (jnp.bfloat16, jnp.float16),
-        f"its heads are a multiple of 8 up to 128 wide, and these {H}": H % 8 or H > 128,
+        f"its heads are a multiple of 8 up to {widest} wide, and these {H}": not fits,
         "it would round a bias on the scores to 16 bits": bias_NTS is not None,
         "it has no soft-cap": softcap is not None,
         "it has no sinks": sink_N is not None,

@@ -75,7 +75,8 @@ class TrainConfig:
       patience: validations in a row without a better loss after which to stop; 0 for never.
       dtype: compute dtype, 'float32' or 'bfloat16'.
       remat: what the backward pass computes again, 'none', 'dots' or 'full'.
-      attention: backend of attention, 'reference', 'flash', or 'auto' to choose by the length.
+      attention: backend of attention (`lm.ops.attention.BACKENDS`), or 'auto' to choose by the
+        platform, the length and the mask; the plan says which.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         what kernels of projections that do not train are quantized as, 'int8', 'int4' or 'nf4'
         (QLoRA; Dettmers et al., 2023).

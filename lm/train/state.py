@@ -56,7 +56,7 @@ class Recipe:
       micro_batches: number of parts that a batch is computed in, one after the other.
       dtype: compute dtype, 'float32' or 'bfloat16'; parameters are fp32 in any case.
       remat: what the backward pass computes again: 'none', 'dots' or 'full'.
-      attention: its backend; 'auto' chooses by the length.
+      attention: its backend; 'auto' leaves it to `lm.ops.attention.choose`.
       adapter: put beside the model's kernels before the first step, or None.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         the kind that kernels of projections which do not train are quantized as, 'int8', 'int4' or

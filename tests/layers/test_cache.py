@@ -64,9 +64,9 @@ def keep_all(monkeypatch):
 
 
 @pytest.mark.ledger("L41")
-@pytest.mark.parametrize("steps", [(1,) * 12, (3, 1, 8, 1, 1, 5, 2)], ids=["tokens", "turns"])
-def test_window_gives_the_logits_of_the_full_cache(model, params, steps, monkeypatch):
-    """Prompts on either side of the window, padded on the left; then tokens, or whole turns."""
+def test_window_gives_the_logits_of_the_full_cache(model, params, monkeypatch):
+    """Prompts on either side of the window, padded on the left; then tokens, and whole turns."""
+    steps = (1, 1, 3, 1, 1, 1, 8, 1, 1, 3, 1, 1, 1, 1, 1, 1)
     ours, small = in_steps(model, params, steps)
     keep_all(monkeypatch)
     theirs, full = in_steps(model, params, steps)
@@ -102,6 +102,7 @@ def test_bytes_do_not_grow_with_the_length():
         assert full == 2 * 2 * 2 * length * 32 * 4 and banded * length == full * 256
 
 
+@pytest.mark.slow
 def test_generation_does_not_depend_on_the_cache(model, params):
     prompts = [[1, 5, 9], list(range(2, 14))]
     options = dict(max_new_tokens=14, seed=3)
@@ -129,5 +130,5 @@ def test_places_say_what_the_slots_hold(steps):
         np.testing.assert_array_equal(held, np.where(index < 0, 0, index + 1))
         # All that the first of the new queries, and the last, may look at.
         assert {*range(max(0, place - step - W + 1), place)} <= {*index.tolist()}
-        of_places = seen.of(jnp.arange(100)[None] * 10)
+        of_places = np.asarray(seen.of(jnp.arange(100)[None] * 10))
         np.testing.assert_array_equal(of_places[0], np.maximum(index, 0) * 10)

@@ -46,7 +46,7 @@ def test_layers_alternate_between_all_and_a_band():
 
 
 @pytest.mark.ledger("L41")
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_receptive_field_grows_by_a_window_each_layer(layers):
     """After L layers of a window of W a place depends on L (W - 1) before it, and on no more."""
     sizes = dict(num_features=D, mlp_features=24, num_layers=layers, window=W)
