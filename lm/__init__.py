@@ -20,6 +20,7 @@ _HOME = {
     "average_models": "lm.leaving",
     "Loaded": "lm.interop.loaded",
     "generate": "lm.infer.generate",
+    "generate_many": "lm.infer.serve",
     "stream": "lm.infer.generate",
     "score": "lm.infer.score",
     "loglikelihood": "lm.infer.score",

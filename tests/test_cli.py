@@ -93,6 +93,28 @@ def test_generate_and_evaluate(run, capsys):
     assert abs(metrics["bits_per_character"] - bits) < 1e-4
 
 
+def test_generate_from_a_file_of_prompts(run, tmp_path, capsys):
+    """A JSON object for each; what a killed process left is gone on with, to the same texts."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts = ["police ", "a", "the man ", "new study "]
+    file.write_text("\n".join(prompts) + "\n\n")
+    words = ["generate", str(run), "--prompts", str(file), "--max-new-tokens", "6", "--slots", "2"]
+    assert main(words) == 2 and "needs --out" in capsys.readouterr().err
+    words += ["--out", str(out), "--cache-dtype", "int8"]
+    assert main(words) == 0
+    assert re.search(r"4 texts, \d+ tokens in .* tokens/s", capsys.readouterr().err)
+    lines = out.read_text().splitlines(keepends=True)
+    records = {record["index"]: record for record in map(json.loads, lines)}
+    assert [records[index]["prompt"] for index in range(4)] == prompts
+    assert main(words) == 2 and "exists: go on" in capsys.readouterr().err
+    out.write_text("".join(lines[:2]) + lines[2][:10])
+    assert main([*words, "--resume"]) == 0
+    again = {record["index"]: record for record in map(json.loads, out.read_text().splitlines())}
+    assert {i: r["text"] for i, r in again.items()} == {i: r["text"] for i, r in records.items()}
+    file.write_text("another\n")
+    assert main([*words, "--resume"]) == 2 and "other prompts" in capsys.readouterr().err
+
+
 def test_evaluate_on_benchmarks(run, tmp_path, monkeypatch, capsys):
     toy_package.install(tmp_path / "cache", monkeypatch)
     words = ["--tasks", "lambada,hellaswag", "--limit", "2", "--batch-size", "4"]

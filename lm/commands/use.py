@@ -1,6 +1,7 @@
 """`lm generate`, `lm chat`, `lm classify`, `lm evaluate`: what a trained model is for."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from lm.commands.benchmark import benchmark, task_names
+from lm.commands.many import generate_file
 from lm.core.config import from_json
 from lm.data.corpus import TextData
 from lm.data.labelled import LabelledData
@@ -34,9 +36,17 @@ def generate(
     seed: int = 0,
     adapter: str = "",
     dtype: str = "float32",
+    cache_dtype: str = "",
     chat: bool = False,
+    prompts: str = "",
+    out: str = "",
+    slots: int = 8,
+    resume: bool = False,
 ) -> list[str]:
-    """Continues prompts and prints each with its continuation.
+    """Continues prompts and prints each with its continuation, and how fast it was.
+
+    With `--prompts FILE --out FILE` any number of prompts, `--slots` at a time: each gives its
+    place to the next one when it is finished.
 
     Args:
       model: a run directory, a Hugging Face directory, a .gguf file, package:NAME, or a hub id.
@@ -51,14 +61,18 @@ def generate(
       seed: the same seed gives the same text.
       adapter: a PEFT directory, or a run that trained an adapter, to use with the model.
       dtype: float32 or bfloat16.
+      cache_dtype: float32, bfloat16 or int8, for keys and values; '' is that of --dtype.
       chat: each prompt is what a user says, and a reply is printed, by the model's chat template.
+      prompts: a file with a prompt a line; of a .jsonl file, "prompt" or "messages" of each object.
+      out: where their continuations are written, a JSON object a line, as they are finished.
+      slots: how many are continued at the same time.
+      resume: goes on with an output file that is there.
     """
+    if prompts and not out:
+        raise ValueError("--prompts needs --out FILE.jsonl, where the texts are to be written")
     loaded = load(model, adapter=adapter or None, dtype=dtype)
-    prompts = [text for text in prompt for _ in range(num_samples)]
     room = loaded.model.max_length
-    texts = continue_texts(
-        loaded,
-        [[said(text)] for text in prompts] if chat else prompts,
+    options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room - 1),
         temperature=temperature,
         top_k=top_k,
@@ -67,8 +81,19 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         dtype=dtype,
+        cache_dtype=cache_dtype or None,
     )
-    for start, text in zip(prompts, texts):
+    if prompts:
+        found = generate_file(loaded, prompts, out, resume=resume, slots=slots, **options)
+        return [finished.text for finished in sorted(found)]
+    starts = [text for text in prompt for _ in range(num_samples)]
+    texts = continue_texts(
+        loaded,
+        [[said(text)] for text in starts] if chat else starts,
+        report=lambda speed: print(speed, file=sys.stderr),
+        **options,
+    )
+    for start, text in zip(starts, texts):
         print(text if chat else start + text)
     return texts
 
@@ -84,6 +109,7 @@ def chat(
     temperature: float = 0.8,
     top_p: float = 0.95,
     adapter: str = "",
+    cache_dtype: str = "",
 ) -> None:
     """Answers what is typed, line by line, as it is drawn; an empty line ends it.
 
@@ -96,6 +122,7 @@ def chat(
       temperature: 0 is greedy.
       top_p: keep the likeliest tokens that hold this probability.
       adapter: a PEFT directory, or a run that trained an adapter, to use with the model.
+      cache_dtype: float32, bfloat16 or int8, for keys and values; '' is float32.
     """
     loaded = load(model, adapter=adapter or None)
     room = loaded.model.max_length
@@ -118,6 +145,7 @@ def chat(
             raise ValueError(f"what was said fills the {room} places of the model: start anew")
         pieces = []
         options = dict(temperature=temperature, top_p=top_p, seed=seed)
+        options["cache_dtype"] = cache_dtype or None
         for piece in stream(loaded, prompt, max_new_tokens=limit, **options):
             print(piece, end="", flush=True)
             pieces.append(piece)

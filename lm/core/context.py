@@ -52,6 +52,7 @@ class Context:
     adapter_dropout: float = struct.field(pytree_node=False, default=0.0)
     dtype: str = struct.field(pytree_node=False, default="float32")
     cache_length: int | None = struct.field(pytree_node=False, default=None)
+    cache_dtype: str | None = struct.field(pytree_node=False, default=None)
     attention: str = struct.field(pytree_node=False, default="auto")
     remat: str = struct.field(pytree_node=False, default="none")
     unroll: int | None = struct.field(pytree_node=False, default=None)

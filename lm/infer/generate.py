@@ -1,5 +1,6 @@
 """Generation: prompts in, tokens or text out; whole, or streamed as they are drawn."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,25 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.core.context import Context
-from lm.data.chat import Messages
 from lm.infer.decoding import (
     CACHED,
-    KEY_TYPE,
     RECOMPUTE,
     Decoding,
     Prompt,
     Reader,
     finish,
+    lay_apart,
     start,
     step,
 )
-from lm.infer.rows import Rows, bucket, check, encode, encode_source, pack, width_of
+from lm.infer.request import (
+    Setting,
+    Text,
+    check_cache_dtype,
+    encoded,
+    key_rows,
+    sampling_rows,
+    stop_rows,
+    stops,
+)
+from lm.infer.rows import Rows, bucket, check, pack, width_of
 from lm.models.adapter_rows import Adapters, choose
 from lm.models.encdec import EncoderDecoder
 from lm.ops.sampling import Sampling
-
-Setting = float | Sequence[float]
-Text = str | Messages
 
 
 class Generated(NamedTuple):
@@ -43,6 +50,31 @@ class Generated(NamedTuple):
 
     def rows(self) -> list[list[int]]:
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths)]
+
+
+class Speed(NamedTuple):
+    """How long a call took.
+
+    Attributes:
+      first_token: seconds until every prompt had its first token. The first call of a shape
+        compiles its program, and this counts it.
+      seconds: for the rest, without compiling.
+      tokens: drawn in those.
+    """
+
+    first_token: float
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.first_token:.2f} s to the first token, "
+            f"then {self.tokens_per_second:,.1f} tokens/s"
+        )
 
 
 def generate_tokens(
@@ -63,7 +95,9 @@ def generate_tokens(
     adapters: Adapters = None,
     pad_id: int = 0,
     cache: bool = True,
+    cache_dtype: str | None = None,
     dtype: str = "float32",
+    report: Callable[[Speed], Any] | None = None,
 ) -> Generated:
     """Continues every prompt until it meets a stop token or has `max_new_tokens` more.
 
@@ -88,7 +122,10 @@ def generate_tokens(
       pad_id: fills the rows of the result that ended early.
       cache: False reads the whole row again for every token: slow, for tests and for models
         without a decoding state.
+      cache_dtype: 'float32', 'bfloat16' or 'int8', what keys and values are kept in; None is the
+        compute dtype. A smaller one rounds them, and the text may come out another.
       dtype: the compute dtype.
+      report: is told how fast it was, such as `print`.
 
     Returns:
       The new tokens.
@@ -98,6 +135,7 @@ def generate_tokens(
         range; if there is a source and no encoder, or the reverse; if there is no adapter of a
         number, or several and none is chosen.
     """
+    began = time.perf_counter()
     decoding, call = _begin(
         model,
         params,
@@ -109,6 +147,7 @@ def generate_tokens(
         source=source,
         adapters=adapters,
         cache=cache,
+        cache_dtype=cache_dtype,
         dtype=dtype,
         temperature=temperature,
         top_k=top_k,
@@ -116,10 +155,17 @@ def generate_tokens(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    tokens, decoding = finish(
-        model, params, decoding, np.int32(max_new_tokens), call.ctx, call.reader, call.room
-    )
+    draw = partial(finish, model, params, ctx=call.ctx, reader=call.reader, room=call.room)
+    if report is not None:
+        jax.block_until_ready(decoding.last_B)
+        first_token = time.perf_counter() - began
+        _, decoding = draw(decoding, steps=np.int32(0), waiting=np.False_)  # It only compiles.
+        began = time.perf_counter()
+    tokens, decoding = draw(decoding, steps=np.int32(call.room), waiting=np.False_)
     tokens, lengths = jax.device_get((tokens, decoding.lengths_B))
+    if report is not None:
+        later = int(lengths.sum()) - call.count
+        report(Speed(first_token, time.perf_counter() - began, later))
     tokens = tokens[: call.count, :max_new_tokens]
     lengths = lengths[: call.count]
     valid = np.arange(max_new_tokens) < lengths[:, None]
@@ -138,11 +184,12 @@ def stream_tokens(
     if options.get("source") is not None:
         options["source"] = [options["source"]]
     decoding, call = _begin(model, params, [prompt], max_new_tokens=max_new_tokens, **options)
+    apart = lay_apart(params)
     for index in range(max_new_tokens):
         # The next token is under way before this one is read, so that the device never waits.
         token, finished = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
         if index + 1 < max_new_tokens:
-            decoding = step(model, params, decoding, call.ctx, call.reader)
+            decoding = step(model, apart, decoding, call.ctx, call.reader)
         yield int(token[0])
         if finished[0]:
             return
@@ -169,13 +216,14 @@ def generate_until(
       options: those of `generate_tokens`.
     """
     decoding, call = _begin(model, params, prompts, max_new_tokens=max_new_tokens, **options)
+    apart = lay_apart(params)
     rows: list[list[int]] = [[] for _ in range(call.count)]
     unfinished = set(range(call.count))
     for index in range(max_new_tokens):
         # The next tokens are under way before these are read.
         tokens_B, finished_B = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
         if index + 1 < max_new_tokens:
-            decoding = step(model, params, decoding, call.ctx, call.reader)
+            decoding = step(model, apart, decoding, call.ctx, call.reader)
         tokens_B, finished_B = jax.device_get((tokens_B, finished_B))
         for row in sorted(unfinished):
             rows[row].append(int(tokens_B[row]))
@@ -210,11 +258,11 @@ def generate(
       ValueError: as `generate_tokens`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    stop_ids = _stops(loaded.tokenizer, stop_ids, prompts)
+    stop_ids = stops(loaded.tokenizer, stop_ids, prompts)
     new = generate_tokens(
         loaded.model,
         loaded.params,
-        **_encoded(loaded, prompts),
+        **encoded(loaded, prompts),
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         **options,
@@ -234,8 +282,8 @@ def stream(
     **options: Any,
 ) -> Iterator[str]:
     """Yields the text of `generate` for one prompt, piece by piece; arguments as there."""
-    stop_ids = _stops(loaded.tokenizer, stop_ids, [prompt])
-    rows = {name: value and value[0] for name, value in _encoded(loaded, [prompt]).items()}
+    stop_ids = stops(loaded.tokenizer, stop_ids, [prompt])
+    rows = {name: value and value[0] for name, value in encoded(loaded, [prompt]).items()}
     tokens = stream_tokens(
         loaded.model,
         loaded.params,
@@ -269,9 +317,6 @@ def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
             yield rest
 
 
-STOP_ROOM = 8  # Stop tokens are padded to a multiple of this, so that few shapes are compiled.
-
-
 class _Call(NamedTuple):
     ctx: Context
     reader: Reader
@@ -291,6 +336,7 @@ def _begin(
     source: Rows | None = None,
     adapters: Adapters = None,
     cache: bool = True,
+    cache_dtype: str | None = None,
     dtype: str = "float32",
     **settings: Setting,
 ) -> tuple[Decoding, _Call]:
@@ -315,16 +361,17 @@ def _begin(
     arrays = pack(rows, width, count, left=cache)
     if source is not None:
         arrays += pack(source, width_of(source, model), count)
-    ctx = Context(dtype=dtype, cache_length=slots, adapter_B=adapter_B)
+    check_cache_dtype(cache_dtype)
+    ctx = Context(dtype=dtype, cache_length=slots, cache_dtype=cache_dtype, adapter_B=adapter_B)
     reader = CACHED if cache else RECOMPUTE
     decoding = start(
         model,
         params,
         Prompt(*arrays),
-        _key_data(seed, keys, len(rows), count),
-        _sampling(Sampling(**settings), len(rows), count),
-        np.array([*stop_ids] + [-1] * (-len(stop_ids) % STOP_ROOM or STOP_ROOM), np.int32),
-        np.arange(count) >= len(rows),
+        key_rows(seed, keys, len(rows), count),
+        sampling_rows(Sampling(**settings), len(rows), count),
+        stop_rows(stop_ids),
+        np.where(np.arange(count) < len(rows), np.int32(max_new_tokens), 0),
         ctx,
         reader,
     )
@@ -344,57 +391,3 @@ def _with_start(model: Any, prompts: Rows | None, source: Rows | None) -> Rows:
     if len(prompts) != len(source):
         raise ValueError(f"there are {len(source)} sources and {len(prompts)} prompts: give pairs")
     return [[model.start_id, *row] for row in prompts]
-
-
-RANGES = {
-    "temperature": (lambda x: x >= 0, "0 or more"),
-    "top_k": (lambda x: x >= 0, "0 (off) or more"),
-    "top_p": (lambda x: (x > 0) & (x <= 1), "above 0, and at most 1 (off)"),
-    "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 (off) to 1"),
-    "repetition_penalty": (lambda x: x > 0, "above 0, where 1 is off"),
-}
-
-
-def _sampling(sampling: Sampling, count: int, padded: int) -> Sampling:
-    """Returns the settings as arrays of one number per row, after checking them."""
-    arrays = {}
-    for name, (accepts, words) in RANGES.items():
-        setting = getattr(sampling, name)
-        values = np.asarray(setting, np.int32 if name == "top_k" else np.float32)
-        if values.ndim and values.shape != (count,):
-            raise ValueError(f"{name} has shape {values.shape}: give one number, or {count}")
-        if not np.all(accepts(values)):
-            raise ValueError(f"{name} must be {words}, not {setting}")
-        arrays[name] = np.resize(values, padded)
-    return Sampling(**arrays)
-
-
-def _key_data(seed: int, keys: jax.Array | None, count: int, padded: int) -> Any:
-    if keys is None:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2^32 - 1, not {seed}")
-        return _fold_rows(np.uint32(seed), padded)
-    if keys.shape != (count,):
-        raise ValueError(f"keys have shape {keys.shape}: give {count}, one for each prompt")
-    data = np.asarray(jax.random.key_data(keys))
-    return np.pad(data, ((0, padded - count), (0, 0)))
-
-
-@partial(jax.jit, static_argnames="count")
-def _fold_rows(seed: jax.Array, count: int) -> jax.Array:
-    key = jax.random.key(seed, impl=KEY_TYPE)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
-    return jax.random.key_data(keys)
-
-
-def _stops(tokenizer: Any, stop_ids: Sequence[int], prompts: Sequence[Text]) -> list[int]:
-    ends = [tokenizer.eos_id]
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        ends.append(getattr(tokenizer, "end_of_turn", None))
-    return [*stop_ids, *(token for token in dict.fromkeys(ends) if token is not None)]
-
-
-def _encoded(loaded: Any, texts: Sequence[Text]) -> dict[str, Rows | None]:
-    if isinstance(loaded.model, EncoderDecoder):
-        return {"prompts": None, "source": [encode_source(loaded.tokenizer, t) for t in texts]}
-    return {"prompts": [encode(loaded.tokenizer, t) for t in texts], "source": None}

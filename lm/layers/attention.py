@@ -61,7 +61,7 @@ class Attention(Part):
         if state is not None:
             state, keys = cache.extend(state, keys, ctx.slot, self.window)
         elif ctx.cache_length is not None:
-            state = cache.init(keys, ctx.cache_length, self.window)
+            state = cache.init(keys, ctx.cache_length, self.window, ctx.cache_dtype)
         mask = Mask(
             index_T=index_T,
             index_S=keys.index_S,
@@ -111,12 +111,14 @@ class CrossAttention(Attention):
     def __call__(self, x_BTD: Array, ctx: Context, state=None):
         q_BTNH = self.project("q", self.num_heads)(x_BTD, ctx)
         if state is not None:
-            k_BSKH, v_BSKH = state["k"], state["v"]
+            heads = self.num_kv_heads or self.num_heads
+            k_BSKH, v_BSKH = cache.read(state, q_BTNH[:, :, :heads])
         else:
             assert ctx.memory_BSD is not None, "cross attention without an encoder's output"
             k_BSKH, v_BSKH = self.keys_values(ctx.memory_BSD, ctx)
             if ctx.cache_length is not None:
-                state = {"k": k_BSKH, "v": v_BSKH}
+                keys = Keys(k_BSKH, v_BSKH, np.arange(k_BSKH.shape[1]))
+                state = cache.init(keys, k_BSKH.shape[1], dtype=ctx.cache_dtype)
         mask = Mask(
             index_T=np.arange(x_BTD.shape[1]),
             index_S=np.arange(k_BSKH.shape[1]),

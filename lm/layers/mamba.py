@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lm.core.context import Context
 from lm.core.init import ONES, ZEROS, Init, VarianceScaling
 from lm.core.part import Part
+from lm.layers.cache import places
 from lm.layers.projection import Projection
 from lm.ops.conv import causal_conv, continue_conv
 from lm.ops.recurrence import restarts, selective_scan
@@ -165,8 +166,8 @@ def document_before(ctx: Context) -> Array:
     assert ctx.segments_BT is not None and ctx.segments_BS is not None, "decoding has segments"
     if ctx.slot is None:
         return jnp.zeros_like(ctx.segments_BT[:, 0])
-    index_S = jnp.arange(ctx.segments_BS.shape[1])
+    index_S = places(ctx.slot + ctx.segments_BT.shape[1], ctx.segments_BS.shape[1])
     old_BS = (ctx.segments_BS != 0) & (index_S < ctx.slot)
-    newest_B1 = jnp.where(old_BS, index_S, 0).max(axis=1, keepdims=True)
+    newest_B1 = jnp.argmax(jnp.where(old_BS, index_S, -1), axis=1, keepdims=True)
     found_B = jnp.take_along_axis(ctx.segments_BS, newest_B1, axis=1)[:, 0]
     return jnp.where(old_BS.any(axis=1), found_B, 0)

@@ -25,8 +25,27 @@ def contract(x: Array, kernel: Array, num_in: int = 1) -> Array:
     """
     matrix = kernel.reshape(math.prod(kernel.shape[:num_in]), -1)
     flat = x.reshape(*x.shape[: x.ndim - num_in], matrix.shape[0])
-    product = flat @ matrix if x.dtype == jnp.float32 else _low_precision(flat, matrix)
+    if x.dtype != jnp.float32:
+        product = _low_precision(flat, matrix)
+    elif kernel.ndim > 2 and flat.size == len(matrix) and jax.default_backend() == "cpu":
+        product = _one_row(flat, matrix)
+    else:
+        product = flat @ matrix
     return product.reshape(*product.shape[:-1], *kernel.shape[num_in:])
+
+
+def _one_row(x: Array, matrix: Array) -> Array:
+    """x @ matrix for a single row, where the matrix is a reshaped kernel.
+
+    XLA's CPU backend would fuse the reshape into the product, and with it the norm before it, and
+    compute all of that again for each output: 6 times slower for GPT-2's (768, 12, 64). It fuses
+    nothing into a branch, which this one always takes: with NaN in x all outputs are NaN.
+    """
+    sound = x.reshape(-1)[0] == x.reshape(-1)[0]
+    shape = (*x.shape[:-1], matrix.shape[1])
+    return jax.lax.cond(
+        sound, jnp.matmul, lambda x, matrix: jnp.full(shape, jnp.nan, x.dtype), x, matrix
+    )
 
 
 @jax.custom_vjp

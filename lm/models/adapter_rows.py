@@ -12,6 +12,17 @@ from lm.models.quantized import leaf_of
 Adapters = int | Sequence[int] | None
 
 
+def num_adapters(params: Mapping[str, Any]) -> tuple[int, bool]:
+    """Returns how many adapters a model has, and whether a row chooses among them."""
+    flat = flatten(params)
+    path = next(iter(adapted(flat)), None)
+    if path is None:
+        return 0, False
+    leaves = beside(flat, path)
+    stacked = bool(several(leaves, leaf_of(flat, path)))
+    return (leaves["scale"].shape[-1] if stacked else 1), stacked
+
+
 def choose(params: Mapping[str, Any], adapters: Adapters, rows: int) -> np.ndarray | None:
     """Returns `ctx.adapter_B` for a batch.
 
@@ -28,11 +39,7 @@ def choose(params: Mapping[str, Any], adapters: Adapters, rows: int) -> np.ndarr
       ValueError: if there is no adapter of a number, the numbers are not as many as the rows, or
         there are several adapters and none is chosen.
     """
-    flat = flatten(params)
-    path = next(iter(adapted(flat)), None)
-    leaves = {} if path is None else beside(flat, path)
-    stacked = path is not None and several(leaves, leaf_of(flat, path))
-    count = 0 if path is None else leaves["scale"].shape[-1] if stacked else 1
+    count, stacked = num_adapters(params)
     if adapters is None:
         if stacked:
             raise ValueError(

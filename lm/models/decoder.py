@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lm.core.context import Context, positions_of
 from lm.core.part import Part
+from lm.layers import cache
 
 Array = jax.Array
 
@@ -123,9 +124,7 @@ def enter(model, tokens_BT: Array, ctx: Context, state) -> Context:
     if segments_BT is None and decoding:
         segments_BT = jnp.ones_like(tokens_BT)
     if state is not None:
-        segments_BS = jax.lax.dynamic_update_slice_in_dim(
-            state["segments"], segments_BT, state["slot"], axis=1
-        )
+        segments_BS = cache.write(state["segments"], segments_BT, state["slot"])
         if positions_BT is None:
             new_BT = (segments_BT != 0).astype(jnp.int32)
             positions_BT = state["length"][:, None] + jnp.cumsum(new_BT, axis=1) - new_BT
@@ -144,9 +143,9 @@ def enter(model, tokens_BT: Array, ctx: Context, state) -> Context:
 def leave(tokens_BT: Array, ctx: Context, layers):
     """Returns the decoding state after a call, or None where none is kept.
 
-    It is {'layers': the layers' own states, 'slot': () int32 the next free slot, 'segments':
-    (B, S) int32 of the slots, 'length': (B,) int32 tokens so far, without padding}, and
-    'source_segments' for an encoder-decoder whose source is padded.
+    It is {'layers': the layers' own states, 'slot': () int32 the next place, which goes into slot
+    `place mod S`, 'segments': (B, S) int32 of the slots, 'length': (B,) int32 tokens so far,
+    without padding}, and 'source_segments' for an encoder-decoder whose source is padded.
     """
     if layers is None:
         return None

@@ -2,11 +2,11 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lm.core.context import Context
 from lm.core.part import Part
 from lm.layers.attention import indices
+from lm.layers.cache import places
 
 Array = jax.Array
 
@@ -70,9 +70,11 @@ class Stack(Part):
         if self.entry is not None:
             x_BTD = self.entry(x_BTD, ctx)
         if self.bias is not None:
-            length = x_BTD.shape[1] if ctx.segments_BS is None else ctx.segments_BS.shape[1]
-            bias_NTS = self.bias(indices(ctx, x_BTD.shape[1]), jnp.arange(length))
-            ctx = ctx.replace(bias_NTS=bias_NTS)
+            index_T = indices(ctx, x_BTD.shape[1])
+            index_S = index_T
+            if ctx.slot is not None:
+                index_S = places(index_T[-1] + 1, ctx.segments_BS.shape[1])
+            ctx = ctx.replace(bias_NTS=self.bias(index_T, index_S))
         old = state or dict.fromkeys(("prefix", "pattern", "suffix"))
         new = {}
         x_BTD, new["prefix"] = self.prefix(x_BTD, ctx, old["prefix"])
@@ -83,6 +85,10 @@ class Stack(Part):
         return x_BTD, new if state is not None or ctx.cache_length is not None else None
 
     def repeat(self, x_BTD: Array, ctx: Context, state):
+        params = self.variables.get("params", {}).get("pattern")
+        if any(map(_is_tuple, jax.tree.leaves(params, is_leaf=_is_tuple))):
+            return self.one_by_one(params, x_BTD, ctx, state)
+
         def step(pattern, x_BTD, state):
             return pattern(x_BTD, ctx, state)
 
@@ -104,3 +110,40 @@ class Stack(Part):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scan(self.pattern, x_BTD, state)
+
+    def one_by_one(self, params, x_BTD: Array, ctx: Context, state):
+        """Runs the repeats with parameters and state that lie apart; there is no gradient."""
+        pattern, states = self.pattern.clone(parent=None), []
+        for index in range(self.repeats):
+            own, old = (
+                jax.tree.map(lambda leaf: leaf[index], tree, is_leaf=_is_tuple)  # noqa: B023
+                for tree in (params, state)
+            )
+            x_BTD, new = pattern.apply({"params": own}, x_BTD, ctx, old)
+            states.append(new)
+        return x_BTD, jax.tree.map(lambda *leaves: leaves, *states)
+
+
+def apart(tree):
+    """Returns parameters or a decoding state with a tuple of arrays for each that repeats stack.
+
+    On a CPU a loop that decodes is faster with it: a layer's kernels are operands as they lie, and
+    its cache is written in place, where a stack would be cut and put together again at every step.
+    Elsewhere, and for many repeats, it returns the tree as it is.
+    """
+    if jax.default_backend() != "cpu":
+        return tree
+
+    def cut(path, leaf):
+        stacked = any(getattr(key, "key", None) == "pattern" for key in path)
+        if not stacked or _is_tuple(leaf) or len(leaf) > MAX_UNROLL_ON_CPU:
+            return leaf
+        return tuple(leaf[index] for index in range(len(leaf)))
+
+    # A pattern's own state is a tuple too, of dicts.
+    return jax.tree_util.tree_map_with_path(cut, tree, is_leaf=_is_tuple)
+
+
+def _is_tuple(tree) -> bool:
+    """Whether this is a tuple of arrays, which stands for a stack of them."""
+    return isinstance(tree, tuple) and len(tree) > 0 and hasattr(tree[0], "shape")

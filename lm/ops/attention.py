@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -65,12 +66,13 @@ def reference_attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, **
     """Returns what `attend` does, with the scores of all places at once; arguments as there."""
     B, T, N, _ = q_BTNH.shape
     weights_BKGTS, total_BKGT = _unnormalised(q_BTNH, k_BSKH, mask, **options)
-    out_BKGTH = jnp.einsum(
-        "bkgts,bskh->bkgth",
-        weights_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
-        preferred_element_type=jnp.float32,
-    )
+    weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
+    if T == 1:
+        weights_MGS = _by_head(weights_BKGTS[:, :, :, 0])
+        out_MGH = _einsum("mgs,msh->mgh", weights_MGS, _by_head(v_BSKH.swapaxes(1, 2)))
+        out_BKGTH = out_MGH.reshape(*total_BKGT.shape, -1)
+    else:
+        out_BKGTH = _einsum("bkgts,bskh->bkgth", weights_BKGTS, v_BSKH)
     # Dividing the sums by the total costs one pass over (T, H) instead of one over (T, S).
     out_BKGTH /= total_BKGT[..., None]
     out_BTKGH = jnp.moveaxis(out_BKGTH, 3, 1).astype(v_BSKH.dtype)
@@ -99,9 +101,11 @@ def _unnormalised(
     S, K = k_BSKH.shape[1:3]
     assert N % K == 0, f"{N} query heads do not group over {K} key heads"
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    if T == 1:
+        q_MGH, k_MSH = _by_head(q_BTKGH[:, 0]), _by_head(k_BSKH.swapaxes(1, 2))
+        scores_BKGTS = _einsum("mgh,msh->mgs", q_MGH, k_MSH).reshape(B, K, N // K, T, S)
+    else:
+        scores_BKGTS = _einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
     scores_BKGTS *= H**-0.5 if scale is None else scale
     scores_BKGTS = soft_cap(scores_BKGTS, softcap)
     if bias_NTS is not None:
@@ -119,6 +123,14 @@ def _unnormalised(
     if sink_N is not None:
         total_BKGT += jnp.exp(sink_KG1 - largest_BKGT)
     return weights_BKGTS, jnp.where(total_BKGT == 0, 1.0, total_BKGT)
+
+
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _by_head(x_BK: Array) -> Array:
+    """(B, K, ...) -> (B K, ...), as `lm.layers.cache` has it: a step then copies nothing."""
+    return x_BK.reshape(-1, *x_BK.shape[2:])
 
 
 def accept(*operands, **options) -> None:

@@ -1,7 +1,8 @@
 """From logits to the next token: what filters them, and the draw itself.
 
 Every setting is a number or one number per row, and is traced: another temperature is the same
-compiled program. A filter whose setting is off in all rows costs nothing, its sort included.
+compiled program. What is off in all rows costs nothing: a filter's sort, the penalty, and where all
+rows are greedy the whole draw, its noise included.
 """
 
 import jax
@@ -44,15 +45,26 @@ def sample(logits_BV: Array, keys_B: Array, sampling: Sampling, seen_BV: Array) 
     Returns:
       (B,) int32 token ids.
     """
-    logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
+    penalty = jnp.asarray(sampling.repetition_penalty)
+    logits_BV = jax.lax.cond(
+        jnp.any(penalty != 1),
+        lambda logits_BV: penalize_repetition(logits_BV, seen_BV, penalty),
+        lambda logits_BV: logits_BV,
+        logits_BV,
+    )
     greedy_B = jnp.asarray(sampling.temperature) == 0
-    scaled_BV = apply_temperature(logits_BV, jnp.where(greedy_B, 1.0, sampling.temperature))
-    scaled_BV = keep_top_k(scaled_BV, sampling.top_k)
-    scaled_BV = keep_top_p(scaled_BV, sampling.top_p)
-    scaled_BV = keep_min_p(scaled_BV, sampling.min_p)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-    drawn_B = jnp.argmax(scaled_BV + noise_BV, axis=-1)
-    return jnp.where(greedy_B, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        scaled_BV = apply_temperature(logits_BV, jnp.where(greedy_B, 1.0, sampling.temperature))
+        scaled_BV = keep_top_k(scaled_BV, sampling.top_k)
+        scaled_BV = keep_top_p(scaled_BV, sampling.top_p)
+        scaled_BV = keep_min_p(scaled_BV, sampling.min_p)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+        drawn_B = jnp.argmax(scaled_BV + noise_BV, axis=-1).astype(jnp.int32)
+        return jnp.where(greedy_B, likeliest_B, drawn_B)
+
+    return jax.lax.cond(jnp.all(greedy_B), lambda: likeliest_B, draw)
 
 
 def apply_temperature(logits_BV: Array, temperature: Array | float) -> Array:

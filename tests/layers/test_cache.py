@@ -58,7 +58,7 @@ def in_steps(model, params, steps):
 
 def keep_all(monkeypatch):
     init, extend = cache.init, cache.extend
-    monkeypatch.setattr(cache, "init", lambda new, slots, window: init(new, slots))
+    monkeypatch.setattr(cache, "init", lambda new, slots, *_: init(new, slots))
     monkeypatch.setattr(cache, "extend", lambda s, new, slot, window: extend(s, new, slot))
     jax.clear_caches()
 
@@ -77,7 +77,7 @@ def test_window_gives_the_logits_of_the_full_cache(model, params, monkeypatch):
     np.testing.assert_allclose(ours[seen], whole[seen], atol=1e-5)
     for state, slots in ((small, W), (full, tokens.shape[1])):
         kept = state["layers"]["pattern"][0]["mixer"]
-        assert {leaf.shape[-3] for leaf in kept.values()} == {slots}
+        assert {leaf.shape[-2] for leaf in kept.values()} == {slots}
     monkeypatch.undo()
     jax.clear_caches()
 
