@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lm.ops.flash import flash_attend
 from lm.ops.mask import Mask
+from lm.ops.product import product
 
 Array = jax.Array
 
@@ -55,12 +56,7 @@ def reference_attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, **
     """Returns what `attend` does, with the scores of all places at once; arguments as there."""
     B, T, N, _ = q_BTNH.shape
     weights_BKGTS, total_BKGT = _unnormalised(q_BTNH, k_BSKH, mask, **options)
-    out_BKGTH = jnp.einsum(
-        "bkgts,bskh->bkgth",
-        weights_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
-        preferred_element_type=jnp.float32,
-    )
+    out_BKGTH = product("bkgts,bskh->bkgth", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     # Dividing the sums by the total costs one pass over (T, H) instead of one over (T, S).
     out_BKGTH /= total_BKGT[..., None]
     out_BTKGH = jnp.moveaxis(out_BKGTH, 3, 1).astype(v_BSKH.dtype)
@@ -89,9 +85,7 @@ def _unnormalised(
     S, K = k_BSKH.shape[1:3]
     assert N % K == 0, f"{N} query heads do not group over {K} key heads"
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    scores_BKGTS = product("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
     scores_BKGTS *= H**-0.5 if scale is None else scale
     if softcap is not None:
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
