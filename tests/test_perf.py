@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from lm.models.families.gpt2 import gpt2
+from lm.models.families.teeny_gpt import teeny_gpt
+from lm.models.params import abstract
 from lm.train import loop
 from lm.train.loop import train
 from lm.train.objectives import Generative
 from lm.train.optimizer import AdamW
+from lm.train.plan import choose_micro_batches
 from lm.train.run import Run
 from lm.train.schedule import Constant
 from lm.train.state import Recipe, abstract_state
@@ -53,15 +56,14 @@ def reads_of_arrays(monkeypatch) -> Counter:
 
 def test_the_loop_waits_for_nothing_but_the_metrics_of_the_step_before(tmp_path, monkeypatch):
     """One `device_get` a step, of a few numbers, after the next step was dispatched."""
-    take_step, read, counts = Run.take_step, loop.Loop.read, Counter()
+    take_step, read = Run.take_step, loop.Loop.read
     seen, events = {}, []
 
     def step(self, batch):
         if self.step == 5:
-            counts.update(reads_of_arrays(monkeypatch))
             seen["counts"] = reads_of_arrays(monkeypatch)
         metrics = take_step(self, batch)
-        if self.step == 25:
+        if self.step == 26:  # The steps 5 to 24 were read since.
             seen["after"] = Counter(seen["counts"])
             seen["leaves"] = len(jax.tree.leaves(metrics))
         events.append(self.step)
@@ -92,14 +94,44 @@ def test_a_run_compiles_its_step_once(tmp_path, caplog):
     assert sum(names.values()) <= 12, names
 
 
-def lowered(dtype: str, **changes) -> str:
+def lowered(dtype: str, **changes):
     model = gpt2(vocab_size=50, max_length=16, num_features=16, num_heads=2, num_layers=LAYERS)
     recipe = Recipe(model, Generative(), AdamW(Constant(1e-3)), dtype=dtype, **changes)
     state = abstract_state(recipe)
-    return jax.jit(train_step, static_argnums=0).lower(recipe, state, make_batch(0, 4)).compile()
+    return jax.jit(train_step, static_argnums=0).lower(recipe, state, make_batch(0, 4))
 
 
 def test_each_product_is_computed_once_in_each_direction():
-    """Three for each of the forward pass: itself, and the gradients of its two operands."""
-    dots = re.findall(r"= \S+ dot\(", lowered("float32").as_text())
-    assert len(dots) == 3 * (PRODUCTS_OF_A_LAYER * LAYERS + 1)
+    """Itself, and the gradients of its two operands; and a sum for each bias and norm."""
+    dots = re.findall(r"= \S+ dot\(", lowered("float32").compile().as_text())
+    products = PRODUCTS_OF_A_LAYER * LAYERS + 1  # And the head.
+    # Six biases of projections, two scales and biases of norms; those of the last norm.
+    sums = 10 * LAYERS + 2
+    assert len(dots) == 3 * products + sums
+
+
+def test_products_of_low_precision_have_operands_of_low_precision():
+    """In both directions; fp32 are the sums that make the gradients of norms, and no other."""
+    text = lowered("bfloat16").as_text()
+    operands = re.findall(
+        r"stablehlo\.dot_general .*: \(tensor<\S+x(\w+)>, tensor<\S+x(\w+)>\)", text
+    )
+    counts = Counter(operands)
+    assert counts.keys() == {("bf16", "bf16"), ("f32", "f32")}
+    products = PRODUCTS_OF_A_LAYER * LAYERS + 1
+    assert counts["f32", "f32"] <= 4 * LAYERS + 2
+    assert counts["bf16", "bf16"] >= 3 * products / LAYERS
+
+
+def test_micro_batches_are_chosen_for_the_cache_of_a_cpu(monkeypatch):
+    """The published teenyGPT in parts of 512 places; a model of many parameters in one part."""
+
+    def chosen(model, rows, length):
+        return choose_micro_batches(abstract(model), rows, rows * length)
+
+    assert chosen(teeny_gpt(), 64, 128) == 16
+    assert chosen(teeny_gpt(num_features=128, num_heads=2, mlp_multiplier=4), 16, 128) == 1
+    assert chosen(gpt2(vocab_size=65, num_features=384, num_heads=6, num_layers=6), 16, 256) == 2
+    assert chosen(gpt2(), 4, 512) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert chosen(teeny_gpt(), 64, 128) == 1

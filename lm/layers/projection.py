@@ -15,6 +15,7 @@ from lm.core.part import Part
 from lm.layers.dropout import Dropout
 from lm.ops.product import product
 from lm.ops.quantize import KINDS, dequantize
+from lm.ops.sums import spread
 
 Array = jax.Array
 
@@ -110,7 +111,7 @@ class Projection(Part):
                 jnp.float32,
                 fan_in,
             )
-            y += bias.astype(ctx.dtype)
+            y += spread(bias, y)
         return y
 
     def adapt(self, x: Array, y: Array, kernel: Callable[[], Array], ctx: Context) -> Array:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +30,10 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
+
+
+# What the widest activation of a micro-batch may take on a CPU.
+CACHE_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,31 @@ def make_plan(
     )
 
 
-def choose_micro_batches(model: nn.Module, rows: int, num_tokens: int) -> int:
+def choose_micro_batches(params: Any, rows: int, num_tokens: int) -> int:
     """Returns in how many parts a batch is computed where the experiment leaves it open.
 
-    TODO
+    On an accelerator it is 1. On a CPU the widest activation of a part is to fit in its cache, as
+    long as the gradients, which every part adds to, are not more than the activations it saves.
+
+    Args:
+      params: of the model, arrays or shapes.
+      rows: of the batch, on one device.
+      num_tokens: in those rows.
+
+    Returns:
+      A divisor of `rows`.
     """
-    return 1
+    if jax.default_backend() != "cpu":
+        return 1
+    kernels = [leaf.shape for path, leaf in flatten(params).items() if path.endswith("/up/kernel")]
+    layers = sum(math.prod(shape[:-2]) for shape in kernels)
+    width = max((shape[-1] for shape in kernels), default=0)
+    for parts in (parts for parts in range(1, rows + 1) if rows % parts == 0):
+        tokens = num_tokens // parts
+        next_saves_less = tokens * width * layers < 2 * size(params)
+        if 4 * tokens * width <= CACHE_BYTES or next_saves_less:
+            return parts
+    return rows
 
 
 def size(tree: Any) -> int:

@@ -155,9 +155,9 @@ class Run:
         self.shape = rows * jax.process_count(), length
         if self.config.micro_batches is None:
             shards = num_batch_shards(self.mesh)
-            parts = choose_micro_batches(
-                self.experiment.model, self.config.batch_size // shards, rows * length
-            )
+            share = self.config.batch_size // shards
+            tokens = share * rows * length // len(first.tokens)
+            parts = choose_micro_batches(state.params, share, tokens)
             self.recipe = replace(self.recipe, micro_batches=parts)
         start, counts = time.perf_counter(), cache_events().copy()
         self.temporary_bytes = None
