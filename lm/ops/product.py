@@ -1,6 +1,8 @@
 """Products of activations and kernels, forwards and backwards, as each backend does them best."""
 
+import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,37 +46,79 @@ def _backward(letters: str, saved: tuple[Array, Array], grad: Array) -> tuple[Ar
 
 _product.defvjp(_forward, _backward)
 
-TILE = 128
+TILES = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
 def _in_rows(of_a: str, of_b: str, of_out: str, a: Array, b: Array) -> Array:
-    """Returns einsum(of_a, of_b -> of_out), on a CPU with the rows of `a` along what is summed.
+    """Returns einsum(of_a, of_b -> of_out), on a CPU with what is summed over last on the left.
 
-    XLA's CPU backend has fast products only for operands whose last dimension is summed over on
-    the left. The others it leaves to Eigen, and widens bfloat16 to fp32 before. A transpose that
-    stands before a product is folded into it, and so this one goes through tiles, behind a barrier.
+    XLA's CPU backend has fast products only for operands of that form. The others it leaves to
+    Eigen, after widening bfloat16 to fp32, which halves their speed.
     """
-    summed = [letter for letter in of_a if letter not in of_out]
-    last = summed[-1] if summed else ""
-    turns = jax.default_backend() == "cpu" and summed and of_a[-1] != last
-    if not turns:
+    if jax.default_backend() != "cpu":
         return jnp.einsum(f"{of_a},{of_b}->{of_out}", a, b, preferred_element_type=jnp.float32)
-    size = a.shape[of_a.index(last)]
-    tile = next(tile for tile in (TILE, 64, 32, 16, 8, 4, 2, 1) if size % tile == 0)
-    order = [letter for letter in of_a if letter in of_out] + summed
-    shape = [a.shape[of_a.index(letter)] for letter in order]
-    at = of_a.index(last)
-    split = a.reshape(*a.shape[:at], size // tile, tile, *a.shape[at + 1 :])
-    tiled = of_a.replace(last, last + last.upper())
-    turned = split.transpose([tiled.index(letter) for letter in [*order, last.upper()]])
-    a = jax.lax.optimization_barrier(turned.reshape(shape))
-    own = [letter for letter in of_a if letter in of_out and letter not in of_b]
-    theirs = [letter for letter in of_b if letter in of_out and letter not in of_a]
-    both = [letter for letter in of_a if letter in of_out and letter in of_b]
-    natural = "".join(both + own + theirs)
-    letters = f"{''.join(order)},{of_b}->{natural}"
-    found = jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
-    if natural == of_out:
-        return found
-    found = jax.lax.optimization_barrier(found)
-    return found.transpose([natural.index(letter) for letter in of_out])
+    ways = [_Way(of_a, of_b, of_out, a, b), _Way(of_b, of_a, of_out, b, a)]
+    return min(ways, key=_Way.copied).compute()
+
+
+class _Way(NamedTuple):
+    """One of the two orders of the operands of a product."""
+
+    of_left: str
+    of_right: str
+    of_out: str
+    left: Array
+    right: Array
+
+    @property
+    def summed(self) -> str:
+        return "".join(letter for letter in self.of_left if letter not in self.of_out)
+
+    @property
+    def natural(self) -> str:
+        """The letters of the product as it comes: batch, those of the left, those of the right."""
+        kept = [letter for letter in self.of_left if letter in self.of_out]
+        both = [letter for letter in kept if letter in self.of_right]
+        left = [letter for letter in kept if letter not in self.of_right]
+        right = [letter for letter in self.of_right if letter not in self.of_left]
+        return "".join(both + left + right)
+
+    @property
+    def turns(self) -> bool:
+        return bool(self.summed) and self.of_left[-1] != self.summed[-1]
+
+    def copied(self) -> int:
+        """Returns how many numbers are copied to bring operand and product into order."""
+        size = {
+            **dict(zip(self.of_left, self.left.shape)),
+            **dict(zip(self.of_right, self.right.shape)),
+        }
+        out = math.prod(size[letter] for letter in self.of_out)
+        return self.turns * self.left.size + (self.natural != self.of_out) * out
+
+    def compute(self) -> Array:
+        of_left, left = self.of_left, self.left
+        if self.turns:
+            of_left, left = _summed_last(of_left, self.summed, left)
+        letters = f"{of_left},{self.of_right}->{self.natural}"
+        out = jnp.einsum(letters, left, self.right, preferred_element_type=jnp.float32)
+        if self.natural == self.of_out:
+            return out
+        out = jax.lax.optimization_barrier(out)
+        return out.transpose([self.natural.index(letter) for letter in self.of_out])
+
+
+def _summed_last(letters: str, summed: str, x: Array) -> tuple[str, Array]:
+    """Returns the letters and the array with the dimensions that are summed over last.
+
+    XLA would fold a plain transpose into the product that reads it. This one goes through tiles.
+    """
+    last = summed[-1]
+    at = letters.index(last)
+    tile = next(tile for tile in TILES if x.shape[at] % tile == 0)
+    order = [letter for letter in letters if letter not in summed] + list(summed)
+    shape = [x.shape[letters.index(letter)] for letter in order]
+    tiles = x.reshape(*x.shape[:at], -1, tile, *x.shape[at + 1 :])
+    of_tiles = letters.replace(last, last + last.upper())
+    turned = tiles.transpose([of_tiles.index(letter) for letter in [*order, last.upper()]])
+    return "".join(order), jax.lax.optimization_barrier(turned.reshape(shape))
