@@ -126,6 +126,7 @@ def products(monkeypatch, length, block, **fields):
     return len(counted)
 
 
+@pytest.mark.perf
 def test_windows_and_causality_spare_products(monkeypatch):
     """A window costs O(T W): the count is that of the blocks it touches, linear in the length."""
     block, window = 16, 24
@@ -138,6 +139,7 @@ def test_windows_and_causality_spare_products(monkeypatch):
         assert products(monkeypatch, length, block, causal=True, window=window) == touched
 
 
+@pytest.mark.perf
 @pytest.mark.ledger("B24")
 def test_memory_is_linear_in_the_length():
     """Bytes of temporaries of forward and backward, as XLA counts them; time stays quadratic."""

@@ -196,6 +196,7 @@ def cost(chunk_bytes, trained):
     return grad.cost_analysis()["flops"], grad.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.perf
 def test_logits_of_all_places_are_never_held():
     """Temporaries are a few chunks, where the whole logits take 64 MiB."""
     logits = 4 * B * 512 * 8192
@@ -205,6 +206,7 @@ def test_logits_of_all_places_are_never_held():
     assert chunked <= logits // 4
 
 
+@pytest.mark.perf
 def test_a_head_that_does_not_train_gets_no_gradient():
     """A third of the products is spared: logits, and their gradient for x; none for the head."""
     logits = 4 * B * 512 * 8192

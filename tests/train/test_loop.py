@@ -337,6 +337,7 @@ def test_frozen_parameters_stay(tmp_path):
     assert (np.asarray(early["head"]["kernel"]) != late["head"]["kernel"]).any()
 
 
+@pytest.mark.perf
 def test_nothing_compiles_after_the_first_validation(tmp_path, monkeypatch):
     """Counted over the whole process by jax's own events, from step 11 to 40."""
     compiled: list[str] = []
