@@ -37,7 +37,7 @@ COMMANDS = {
     ("data", "inspect"): "data.inspect_data",
     ("tokenizer", "train"): "data.train_tokenizer",
 }
-OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--platform")
+OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--platform", "--profile")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

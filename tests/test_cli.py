@@ -182,6 +182,7 @@ def test_tokenizer_train(folder, capsys):
         (["train", "{folder}/tinny.py"], "did you mean .*tiny.py"),
         (["train", "{folder}/tiny.py", "--train.step", "3"], "did you mean 'steps'"),
         (["train", "{folder}/tiny.py", "--run-dir"], "--run-dir needs a value"),
+        (["train", "{folder}/tiny.py", "--profile", "all"], "--profile takes a number of steps"),
         (["train", "{folder}/tiny.py", "--data.source", "text:{folder}/none"], "none"),
         (["train", "{folder}/tiny.py", "--train.batch-size", "24", "--train.micro-batches", "4"],
          "does not divide"),

@@ -27,6 +27,7 @@ def train(
     overrides: Sequence[str] = (),
     run_dir: str = "",
     checkpoint_dir: str = "",
+    profile: str = "0",
 ) -> Result:
     """Trains the experiment of a file, then samples from it and compares it with n-grams.
 
@@ -35,13 +36,17 @@ def train(
       overrides: `--field value` pairs.
       run_dir: where it writes; '' is runs/NAME. The run that is there goes on.
       checkpoint_dir: another place for checkpoints, such as gs://bucket/run; '' for none.
+      profile: how many steps to trace into 'profile' in the run's directory.
     """
+    if not profile.isdecimal():
+        raise ValueError(f"--profile takes a number of steps, not {profile!r}")
     experiment = apply_overrides(load_experiment(path), overrides)
     directory = Path(run_dir or Path("runs") / experiment.name)
     result = run_training(
         experiment,
         directory,
         checkpoint_dir=checkpoint_dir or None,
+        profile=int(profile),
         **start(experiment),
     )
     if result.stopped in ("finished", "early stopping"):
@@ -111,13 +116,14 @@ def train_help(path: str = "") -> str:
     """Returns how to call `lm train`, with the fields of an experiment where one is named."""
     lines = [
         "usage: lm train EXPERIMENT [--run-dir DIR] [--checkpoint-dir PATH] [--platform NAME]",
-        "                [--FIELD VALUE ...]",
+        "                [--profile N] [--FIELD VALUE ...]",
         "",
         "Trains experiments/NAME.py (or NAME), or goes on where its run directory stopped.",
         "",
         "  --run-dir DIR          where the run writes [runs/NAME]",
         "  --checkpoint-dir PATH  another place for checkpoints, such as gs://bucket/run",
         "  --platform NAME        cpu, gpu or tpu to insist on",
+        "  --profile N            trace N steps, after a few others, for TensorBoard or xprof",
         "  --init-from MODEL      a run, directory, .gguf file or package:NAME to start from",
         "  --trainable full       everything trains, without the experiment's adapter",
         "",

@@ -31,7 +31,8 @@ class Context:
         creates none.
       attention: its backend, 'auto' or a name in `lm.ops.attention.BACKENDS`.
       remat: what the backward pass recomputes in each repeat of the stack: 'none', 'dots' (all
-        but matrix products without batch dimensions) or 'full'.
+        but the products of projections), 'full', or 'offload' (as 'dots', with those products kept
+        in the host's memory).
       unroll: how many repeats of the stack stand in one iteration of its scan; None chooses.
 
       slot: () int32, the decoding-state slot of the first new token.

@@ -4,13 +4,18 @@
 """
 
 import ctypes
+import functools
 import os
 import sys
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # These builds drop terms of sums on CPU (jax issue 39103): a jitted sum of squares is off by 0.8 %.
 WRONG_SUMS_ON_CPU = ("0.10.2", "0.11.0")
+
+# What `prepare` chose for this process, name -> text, for the plan of a run.
+CHOSEN: dict[str, str] = {}
 
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1
 
@@ -38,7 +43,8 @@ def prepare(platform: str = "", cache_dir: str | os.PathLike | None = None) -> N
     # Whether jax will use a CPU is known for certain only after it starts, and then is too late.
     wants_cpu = os.environ.get("JAX_PLATFORMS", "cpu").split(",")[0] in ("", "cpu")
     if wants_cpu and os.environ.get("LM_KEEP_HEAP", "1") != "0":
-        keep_heap()
+        kept = "kept between steps (LM_KEEP_HEAP=0 gives it back)"
+        CHOSEN["heap"] = kept if keep_heap() else "given back between steps"
     # XLA reports every program that it loads from the cache on CPU as an error, in a page of text;
     # what goes wrong in earnest arrives as an exception.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -52,6 +58,25 @@ def prepare(platform: str = "", cache_dir: str | os.PathLike | None = None) -> N
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    CHOSEN["compiled programs"] = f"kept in {cache} (JAX_COMPILATION_CACHE_DIR)"
+
+
+@functools.cache
+def cache_events() -> Counter:
+    """Returns how many programs came from the cache on disk ('hits') and did not ('misses').
+
+    They are counted in this process, from the first call of this function on.
+    """
+    import jax
+
+    counts = Counter()
+
+    def listen(event: str, **_: object) -> None:
+        if event.startswith("/jax/compilation_cache/cache_"):
+            counts[event.rpartition("_")[2]] += 1
+
+    jax.monitoring.register_event_listener(listen)
+    return counts
 
 
 def keep_heap() -> bool:

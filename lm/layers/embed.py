@@ -8,7 +8,7 @@ from lm.core.context import Context
 from lm.core.init import Init, Normal
 from lm.core.part import Part
 from lm.layers.dropout import Dropout
-from lm.layers.projection import contract
+from lm.ops.product import product
 
 Array = jax.Array
 
@@ -34,11 +34,16 @@ class Embed(Part):
 
     def __call__(self, tokens_BT: Array, ctx: Context) -> Array:
         """Returns (B, T, D) in the compute dtype of `ctx`; ids must lie in [0, V)."""
-        return self.table.astype(ctx.dtype)[tokens_BT] * jnp.asarray(self.scale, ctx.dtype)
+        # Looked up first: a cast of the whole table would take more than the look-up, and the
+        # gradients of a token's places would be summed in the compute dtype.
+        x_BTD = self.table[tokens_BT].astype(ctx.dtype)
+        return x_BTD * jnp.asarray(self.scale, ctx.dtype)
 
     def attend(self, x_BTD: Array, ctx: Context) -> Array:
         """Returns the (B, T, V) product of `x_BTD` with every token's vector (a tied head)."""
-        return contract(x_BTD.astype(ctx.dtype), self.table.astype(ctx.dtype).T)
+        x_BTD = x_BTD.astype(ctx.dtype)
+        logits_BTV = product("btd,vd->btv", x_BTD, self.table.astype(ctx.dtype))
+        return logits_BTV.astype(x_BTD.dtype)
 
 
 class Entry(Part):

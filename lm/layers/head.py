@@ -11,6 +11,7 @@ from lm.layers.dropout import Dropout
 from lm.layers.embed import Embed
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.projection import Projection, contract
+from lm.ops.sums import spread
 
 Array = jax.Array
 
@@ -84,7 +85,7 @@ def add_bias(head: nn.Module, logits_BTV: Array, init: Init, fan_in: int = 1) ->
     """Adds a bias over the vocabulary that belongs to `head`."""
     boxed = nn.with_logical_partitioning(init, ("vocab",))
     bias_V = head.param("bias", boxed, logits_BTV.shape[-1:], jnp.float32, fan_in)
-    return logits_BTV + bias_V.astype(logits_BTV.dtype)
+    return logits_BTV + spread(bias_V, logits_BTV)
 
 
 class Labels(Projection):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lm.core.init import ONES, ZEROS
 from lm.core.part import Part
+from lm.ops.sums import spread
 
 Array = jax.Array
 
@@ -29,7 +30,8 @@ class LayerNorm(Part):
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        return (normed * spread(scale, x32) + spread(bias, x32)).astype(x.dtype)
 
 
 class RMSNorm(Part):
@@ -48,4 +50,5 @@ class RMSNorm(Part):
         )
         x32 = x.astype(jnp.float32)
         mean_square = jnp.square(x32).mean(-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
+        return (normed * spread(scale, x32)).astype(x.dtype)

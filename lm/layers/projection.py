@@ -7,14 +7,20 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
 from lm.layers.dropout import Dropout
+from lm.ops.product import product
 from lm.ops.quantize import KINDS, dequantize
+from lm.ops.sums import spread
 
 Array = jax.Array
+
+# What remat may keep of a layer (`lm.models.stack`), in the compute dtype.
+PRODUCT = "product"
 
 
 def contract(x: Array, kernel: Array, num_in: int = 1) -> Array:
@@ -25,13 +31,14 @@ def contract(x: Array, kernel: Array, num_in: int = 1) -> Array:
     """
     matrix = kernel.reshape(math.prod(kernel.shape[:num_in]), -1)
     flat = x.reshape(*x.shape[: x.ndim - num_in], matrix.shape[0])
-    if x.dtype != jnp.float32:
-        product = _low_precision(flat, matrix)
-    elif kernel.ndim > 2 and flat.size == len(matrix) and jax.default_backend() == "cpu":
-        product = _one_row(flat, matrix)
+    # One row of fp32 on a CPU is for `_one_row`, where the kernel is reshaped.
+    alone = x.dtype == jnp.float32 and kernel.ndim > 2 and flat.size == len(matrix)
+    if alone and jax.default_backend() == "cpu":
+        y = _one_row(flat, matrix)
     else:
-        product = flat @ matrix
-    return product.reshape(*product.shape[:-1], *kernel.shape[num_in:])
+        rows = "abcdefgh"[: flat.ndim - 1]
+        y = product(f"{rows}i,io->{rows}o", flat, matrix).astype(x.dtype)
+    return y.reshape(*y.shape[:-1], *kernel.shape[num_in:])
 
 
 def _one_row(x: Array, matrix: Array) -> Array:
@@ -46,35 +53,6 @@ def _one_row(x: Array, matrix: Array) -> Array:
     return jax.lax.cond(
         sound, jnp.matmul, lambda x, matrix: jnp.full(shape, jnp.nan, x.dtype), x, matrix
     )
-
-
-@jax.custom_vjp
-def _low_precision(x: Array, matrix: Array) -> Array:
-    """x @ matrix with fp32 sums.
-
-    Plainly differentiated, the fp32 cotangent would make both backward products fp32 ones, and
-    XLA's CPU backend would also widen the operands of a product that returns bfloat16.
-    """
-    return _dot(x, matrix, ((x.ndim - 1,), (0,)))
-
-
-def _dot(a: Array, b: Array, dims: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32).astype(
-        a.dtype
-    )
-
-
-def _forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _low_precision(x, matrix), (x, matrix)
-
-
-def _backward(saved: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
-    x, matrix = saved
-    rows = tuple(range(x.ndim - 1))
-    return _dot(y, matrix, ((y.ndim - 1,), (1,))), _dot(x, y, (rows, rows))
-
-
-_low_precision.defvjp(_forward, _backward)
 
 
 @partial(jax.checkpoint, static_argnums=(3, 4))
@@ -140,6 +118,7 @@ class Projection(Part):
             )
             y = contract(x, plain.astype(ctx.dtype), self.num_in)
             kernel = partial(jnp.asarray, plain)
+        y = checkpoint_name(y, PRODUCT)
         if self.has_variable("params", "lora_a"):
             y = self.adapt(x, y, kernel, ctx)
         if self.bias:
@@ -151,7 +130,7 @@ class Projection(Part):
                 jnp.float32,
                 fan_in,
             )
-            y += bias.astype(ctx.dtype)
+            y += spread(bias, y)
         return y
 
     def adapt(self, x: Array, y: Array, kernel: Callable[[], Array], ctx: Context) -> Array:
@@ -188,18 +167,15 @@ class Projection(Part):
             return jnp.take(leaf, ids_B, axis=0, mode="fill").reshape(rows, *shape)
 
         fan_in = math.prod(x.shape[x.ndim - self.num_in :])
-        low = _rowwise(x.reshape(rows, -1, fan_in), pick(a, fan_in, a.shape[-1]).astype(ctx.dtype))
-        more = _rowwise(low, pick(b, a.shape[-1], -1).astype(ctx.dtype))
+        a_BIR = pick(a, fan_in, a.shape[-1]).astype(ctx.dtype)
+        b_BRO = pick(b, a.shape[-1], -1).astype(ctx.dtype)
+        low = product("bti,bir->btr", x.reshape(rows, -1, fan_in), a_BIR).astype(x.dtype)
+        more = product("btr,bro->bto", low, b_BRO).astype(x.dtype)
         scale_B11 = jnp.where(alone_B, 0.0, pick(scale)).astype(ctx.dtype)[:, None, None]
         flat = y.reshape(more.shape) + more * scale_B11
         if gain is not None:
             flat *= jnp.where(alone_B[:, None, None], 1.0, pick(gain, 1, -1)).astype(ctx.dtype)
         return flat.reshape(y.shape)
-
-
-def _rowwise(x: Array, matrices: Array) -> Array:
-    """(B, T, I) @ (B, I, O), summed in fp32."""
-    return jnp.matmul(x, matrices, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def column_norms(kernel: Array, a: Array, b: Array, scale: Array) -> Array:

@@ -7,12 +7,22 @@ from lm.core.context import Context
 from lm.core.part import Part
 from lm.layers.attention import indices
 from lm.layers.cache import places
+from lm.layers.projection import PRODUCT
 
 Array = jax.Array
 
+# By name, what the backward pass finds again of each repeat besides its input: everything, the
+# products of projections, nothing, or those products from the host's memory.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 # XLA's CPU backend runs a scanned stack about 1.5 times slower than the same stack unrolled; an
 # accelerator does not, and compiles it in a fraction of the time.
@@ -97,9 +107,9 @@ class Stack(Part):
             few = jax.default_backend() == "cpu" and self.repeats <= MAX_UNROLL_ON_CPU
             # Unrolled, XLA's CPU backend shares what remat computes again with the forward pass.
             unroll = self.repeats if few and ctx.remat == "none" else 1
+        if ctx.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is one of {', '.join(REMAT_POLICIES)}, not {ctx.remat!r}")
         if ctx.remat != "none":
-            if ctx.remat not in REMAT_POLICIES:
-                raise ValueError(f"remat is 'none', 'dots' or 'full', not {ctx.remat!r}")
             step = nn.remat(step, policy=REMAT_POLICIES[ctx.remat], prevent_cse=unroll > 1)
         scan = nn.scan(
             step,

@@ -13,6 +13,7 @@ from lm.ops import cudnn, splash
 from lm.ops.cudnn import cudnn_attend
 from lm.ops.flash import flash_attend
 from lm.ops.mask import Mask
+from lm.ops.product import product
 from lm.ops.softcap import soft_cap
 from lm.ops.splash import splash_attend
 
@@ -72,7 +73,7 @@ def reference_attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, **
         out_MGH = _einsum("mgs,msh->mgh", weights_MGS, _by_head(v_BSKH.swapaxes(1, 2)))
         out_BKGTH = out_MGH.reshape(*total_BKGT.shape, -1)
     else:
-        out_BKGTH = _einsum("bkgts,bskh->bkgth", weights_BKGTS, v_BSKH)
+        out_BKGTH = product("bkgts,bskh->bkgth", weights_BKGTS, v_BSKH)
     # Dividing the sums by the total costs one pass over (T, H) instead of one over (T, S).
     out_BKGTH /= total_BKGT[..., None]
     out_BTKGH = jnp.moveaxis(out_BKGTH, 3, 1).astype(v_BSKH.dtype)
@@ -105,7 +106,7 @@ def _unnormalised(
         q_MGH, k_MSH = _by_head(q_BTKGH[:, 0]), _by_head(k_BSKH.swapaxes(1, 2))
         scores_BKGTS = _einsum("mgh,msh->mgs", q_MGH, k_MSH).reshape(B, K, N // K, T, S)
     else:
-        scores_BKGTS = _einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
+        scores_BKGTS = product("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
     scores_BKGTS *= H**-0.5 if scale is None else scale
     scores_BKGTS = soft_cap(scores_BKGTS, softcap)
     if bias_NTS is not None:

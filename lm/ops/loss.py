@@ -43,6 +43,17 @@ def _picked(logits_BTV: Array, targets_BT: Array) -> Array:
     return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 
+def _is_likeliest(logits_BTV: Array, targets_BT: Array) -> Array:
+    """Returns `argmax(logits) == targets`: nothing is larger, and nothing before it is equal.
+
+    XLA's CPU backend looks for an argmax one number after the other, 12 times as slowly.
+    """
+    own_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
+    before_BTV = jnp.arange(logits_BTV.shape[-1]) < targets_BT[..., None]
+    beaten_BTV = (logits_BTV > own_BT1) | ((logits_BTV == own_BT1) & before_BTV)
+    return ~beaten_BTV.any(axis=-1)
+
+
 def cross_entropy(
     logits_BTV: Array,
     targets_BT: Array,
@@ -73,7 +84,7 @@ def cross_entropy(
         loss_BT += label_smoothing * (z_BT - kept_BTV.mean(axis=-1) - nll_BT)
     if z_loss:
         loss_BT += z_loss * z_BT**2
-    correct_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    correct_BT = _is_likeliest(logits_BTV, targets_BT)
     return CrossEntropy(
         loss=(weights_BT * loss_BT).sum(),
         nll=jax.lax.stop_gradient((weights_BT * nll_BT).sum()),

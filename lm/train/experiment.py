@@ -13,6 +13,7 @@ import flax.linen as nn
 from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
 from lm.models.adapters import LoRA
+from lm.models.stack import REMAT_POLICIES
 from lm.ops.attention import BACKENDS
 from lm.ops.quantize import KINDS
 from lm.train.objectives import Generative, Objective
@@ -66,7 +67,7 @@ class TrainConfig:
       steps: number of updates.
       batch_size: rows of a global batch.
       micro_batches: parts that a batch is computed in, one after the other; same result, less
-        memory, and on CPU more speed.
+        memory, and on CPU more speed. None chooses (`lm.train.plan.choose_micro_batches`).
       eval_every: steps between validations; 0 for none.
       checkpoint_every: steps between checkpoints; 0 for only those at the end and at each better
         validation loss.
@@ -74,7 +75,9 @@ class TrainConfig:
       keep: number of newest checkpoints that stay, beside the best.
       patience: validations in a row without a better loss after which to stop; 0 for never.
       dtype: compute dtype, 'float32' or 'bfloat16'.
-      remat: what the backward pass computes again, 'none', 'dots' or 'full'.
+      remat: what the backward pass computes again of each layer: 'none'; 'dots', all but the
+        products of projections; 'full', all; 'offload', as 'dots', with those products kept in the
+        memory of an accelerator's host.
       attention: backend of attention (`lm.ops.attention.BACKENDS`), or 'auto' to choose by the
         platform, the length and the mask; the plan says which.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
@@ -86,7 +89,7 @@ class TrainConfig:
 
     steps: int
     batch_size: int
-    micro_batches: int = 1
+    micro_batches: int | None = None
     eval_every: int = 0
     checkpoint_every: int = 0
     log_every: int = 10
@@ -102,11 +105,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = dict(steps=0, batch_size=1, micro_batches=1, eval_every=0, checkpoint_every=0)
         for name, low in (least | dict(log_every=1, keep=1, patience=0, seed=0)).items():
-            if getattr(self, name) < low:
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ValueError(f"train.{name} is {low} or more, not {getattr(self, name)}")
         allowed = {
             "dtype": ("float32", "bfloat16"),
-            "remat": ("none", "dots", "full"),
+            "remat": tuple(REMAT_POLICIES),
             "attention": ("auto", *BACKENDS),
             "frozen_dtype": ("float32", "bfloat16", *KINDS),
             "parallel": ("jit", "pmap"),
@@ -165,14 +168,18 @@ class Experiment:
         return table_of(self.trainable, self.model, self.adapter)
 
     def recipe(self) -> Recipe:
-        """Returns what the train step needs of it, with schedules as long as the run."""
+        """Returns what the train step needs of it, with schedules as long as the run.
+
+        Where the number of micro-batches is left open it is 1; a run chooses it when it has seen
+        the shape of its batches.
+        """
         assert not isinstance(self.trainable, str)
         recipe = Recipe(
             self.model,
             self.objective,
             self.optimizer,
             self.table,
-            self.train.micro_batches,
+            self.train.micro_batches or 1,
             self.train.dtype,
             self.train.remat,
             self.adapter,
@@ -183,7 +190,14 @@ class Experiment:
 
 
 # What may change between a run and its continuation: none of it says what is computed.
-FREE = ("mesh", "train.parallel", "train.keep", "train.log_every", "wandb")
+FREE = (
+    "mesh",
+    "train.parallel",
+    "train.micro_batches",
+    "train.keep",
+    "train.log_every",
+    "wandb",
+)
 
 
 def load_experiment(path: str | Path) -> Experiment:

@@ -5,6 +5,7 @@ device only to validate and to save.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lm.train.metrics import MetricsLog, Record, plot_curves, read_metrics
 from lm.train.preview import show_example
 from lm.train.progress import Progress, Signals, Stopwatch
 from lm.train.run import Run, means
+from lm.train.trace import Trace
 
 Echo = Callable[[str], None]
 
@@ -55,6 +57,7 @@ def train(
     tokenizer: Any = None,
     echo: Echo = print,
     progress: bool = True,
+    profile: int = 0,
 ) -> Result:
     """Trains an experiment, or goes on where its run directory stopped.
 
@@ -73,6 +76,7 @@ def train(
         tokenizer of their own take it.
       echo: prints a line or more.
       progress: whether to draw a progress bar, where the output is a terminal.
+      profile: trace so many steps, after a few others, into the run directory; 0 for none.
 
     Raises:
       ValueError: if the experiment does not fit its data or devices, or the directory is another
@@ -80,7 +84,9 @@ def train(
       TrainingError: if the loss or the gradient becomes NaN or infinite.
       CheckpointError: if a checkpoint cannot be written or read.
     """
-    run = Run(experiment, Path(run_dir).expanduser(), checkpoint_dir, params, tokenizer)
+    run_dir = Path(run_dir).expanduser()
+    trace = Trace(run_dir / "profile", profile, echo)
+    run = Run(experiment, run_dir, checkpoint_dir, params, tokenizer)
     echo(f"{experiment.name}\n{run.plan}")
     if run.step == 0:
         show_example(run.first, run.data.tokenizer, echo)
@@ -88,7 +94,7 @@ def train(
         log = MetricsLog(run.run_dir, run.step, experiment.name, experiment.wandb, run.saved_config)
         try:
             with Signals() as signals, Progress(run.step, run.config.steps, progress) as bar:
-                stopped = Loop(run, log, bar, signals, echo).run_steps()
+                stopped = Loop(run, log, bar, signals, echo, trace).run_steps()
             run.checkpoints.wait()
         finally:
             log.close()
@@ -126,6 +132,7 @@ class Loop:
       bar: what the user sees.
       signals: whether to stop.
       echo: prints a line.
+      trace: of some of its steps.
     """
 
     run: Run
@@ -133,6 +140,7 @@ class Loop:
     bar: Progress
     signals: Signals
     echo: Echo
+    trace: Trace
 
     def run_steps(self) -> str:
         """Takes the steps that are left; returns why it stopped."""
@@ -144,6 +152,7 @@ class Loop:
         while not (stopped := self.reason_to_stop()):
             batch = next(run.batches)
             tokens = int(np.count_nonzero(batch.segments)) * jax.process_count()
+            self.trace.before_step(run.step, run.state)
             metrics = run.take_step(batch)
             if pending is not None:
                 self.report(self.read(pending))
@@ -154,6 +163,7 @@ class Loop:
         if pending is not None:
             # The signal came after the last look at it in the loop.
             self.pause(self.read(pending))
+        self.trace.end(run.step, run.state)
         return stopped
 
     def begin(self) -> None:
@@ -193,6 +203,10 @@ class Loop:
         for name in ("loss", "grad_norm"):
             self.check_finite(pending.step, name, record[name])
         self.tokens += pending.tokens
+        if self.run.began is not None:
+            record["seconds_to_first_step"] = seconds = time.perf_counter() - self.run.began
+            self.run.began = None
+            self.echo(f"first step after {seconds:.1f} s")
         return record
 
     def pause(self, record: Record) -> None:

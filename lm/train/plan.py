@@ -33,6 +33,10 @@ PEAK_FLOPS = {
 }
 
 
+# What the widest activation of a micro-batch may take on a CPU.
+CACHE_BYTES = 1 << 23
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is known before step 0.
@@ -122,6 +126,33 @@ def make_plan(
         peak_source=source,
         lines=lines,
     )
+
+
+def choose_micro_batches(params: Any, rows: int, num_tokens: int) -> int:
+    """Returns in how many parts a batch is computed where the experiment leaves it open.
+
+    On an accelerator it is 1. On a CPU the widest activation of a part is to fit in its cache, as
+    long as the gradients, which every part adds to, are not more than the activations it saves.
+
+    Args:
+      params: of the model, arrays or shapes.
+      rows: of the batch, on one device.
+      num_tokens: in those rows.
+
+    Returns:
+      A divisor of `rows`.
+    """
+    if jax.default_backend() != "cpu":
+        return 1
+    kernels = [leaf.shape for path, leaf in flatten(params).items() if path.endswith("/up/kernel")]
+    layers = sum(math.prod(shape[:-2]) for shape in kernels)
+    width = max((shape[-1] for shape in kernels), default=0)
+    for parts in (parts for parts in range(1, rows + 1) if rows % parts == 0):
+        tokens = num_tokens // parts
+        next_saves_less = tokens * width * layers < 2 * size(params)
+        if 4 * tokens * width <= CACHE_BYTES or next_saves_less:
+            return parts
+    return rows
 
 
 def size(tree: Any) -> int:

@@ -1,5 +1,7 @@
 """One process's part of a run: devices, data, state and compiled step, ready for the next step."""
 
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +13,12 @@ from jax.sharding import Mesh
 
 from lm.core.batch import Batch
 from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
+from lm.core.runtime import CHOSEN, cache_events
 from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choices
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
-from lm.train.plan import Plan, attention_line, make_plan
+from lm.train.plan import Plan, attention_line, choose_micro_batches, make_plan
 from lm.train.run_dir import check_config, check_run_dir, claim_run_dir, config_of
 from lm.train.state import TrainState, abstract_state, init_state, state_shardings
 from lm.train.step import (
@@ -65,6 +68,7 @@ class Run:
       first: the first batch that it takes.
       plan: what the run costs.
       checkpoints: of the run.
+      began: when it was called for, by `time.perf_counter`.
     """
 
     def __init__(
@@ -76,13 +80,14 @@ class Run:
         tokenizer: Any = None,
     ) -> None:
         """Prepares a run; arguments and errors as of `lm.train.loop.train`."""
+        self.began = time.perf_counter()
         self.experiment, self.config, self.run_dir = experiment, experiment.train, run_dir
         self.recipe = experiment.recipe()
         self.is_pmap = self.config.parallel == "pmap"
         self.devices = jax.local_devices() if self.is_pmap else jax.devices()
         self.mesh = make_mesh(experiment.mesh, self.devices)
         shards = num_batch_shards(self.mesh)
-        check_batch_size(self.config.batch_size, self.config.micro_batches, shards)
+        check_batch_size(self.config.batch_size, self.recipe.micro_batches, shards)
         if self.is_pmap and shards != len(self.devices):
             raise ValueError(
                 "pmap is plain data parallelism: leave the mesh at its default, or train with "
@@ -149,6 +154,13 @@ class Run:
         check_batch(first, self.experiment.model.vocab_size)
         rows, length = first.tokens.reshape(-1, first.tokens.shape[-1]).shape
         self.shape = rows * jax.process_count(), length
+        if self.config.micro_batches is None:
+            shards = num_batch_shards(self.mesh)
+            share = self.config.batch_size // shards
+            tokens = share * rows * length // len(first.tokens)
+            parts = choose_micro_batches(state.params, share, tokens)
+            self.recipe = replace(self.recipe, micro_batches=parts)
+        start, counts = time.perf_counter(), cache_events().copy()
         self.temporary_bytes = None
         if self.is_pmap:
             self.compiled = pmap_step(self.recipe, self.devices)
@@ -161,6 +173,10 @@ class Run:
             self.compiled = lowered.compile()
             if memory := self.compiled.memory_analysis():
                 self.temporary_bytes = memory.temp_size_in_bytes
+        seconds = time.perf_counter() - start
+        found, made = ((cache_events() - counts)[name] for name in ("hits", "misses"))
+        source = " from the cache" if found and not made else ""
+        self.compiling = f"{seconds:.1f} s{source}"
         self.evaluate = jax.jit(evaluate_batch, static_argnums=0)
 
     def take_step(self, batch: Batch) -> Mapping:
@@ -220,9 +236,14 @@ class Run:
             "optimizer": str(self.recipe.optimizer),
             "devices": f"{len(self.devices)} x {self.devices[0].device_kind}, "
             f"{self.config.parallel}" + (f", mesh: {sizes}" if sizes else ""),
-            "batch": f"{rows} rows of {length} in {self.config.micro_batches} parts, "
-            f"{self.config.dtype}",
+            "batch": f"{rows} rows of {length} in {self.recipe.micro_batches} parts"
+            + ("" if self.config.micro_batches else " (train.micro_batches changes it)")
+            + f", {self.config.dtype}",
             "attention": attention_line(self.attention),
+            "remat": self.config.remat,
+            **CHOSEN,
+            **({"XLA_FLAGS": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
+            "step compiled in": self.compiling,
             "steps": f"{self.config.steps:,}"
             + (f", of which {self.step:,} are done" if self.step else ""),
             **({"data": about} if (about := getattr(self.data, "about", "")) else {}),

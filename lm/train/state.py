@@ -55,7 +55,7 @@ class Recipe:
       trainable: the table of what trains.
       micro_batches: number of parts that a batch is computed in, one after the other.
       dtype: compute dtype, 'float32' or 'bfloat16'; parameters are fp32 in any case.
-      remat: what the backward pass computes again: 'none', 'dots' or 'full'.
+      remat: what the backward pass computes again: 'none', 'dots', 'full' or 'offload'.
       attention: its backend; 'auto' leaves it to `lm.ops.attention.choose`.
       adapter: put beside the model's kernels before the first step, or None.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or

@@ -148,6 +148,7 @@ def products(monkeypatch, length, block, known=True, **fields):
     return len(counted)
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize("known", [True, False], ids=["known", "traced"])
 def test_windows_and_causality_spare_products(monkeypatch, known):
     """A window costs O(T W): the count is that of the blocks it touches, linear in the length."""
@@ -182,6 +183,7 @@ def test_rounds_are_products_and_known_to_the_compiler():
     assert rounds(1024, causal=True, window=65) == [31, 31]
 
 
+@pytest.mark.perf
 @pytest.mark.ledger("B24")
 def test_memory_is_linear_in_the_length():
     """Bytes of temporaries of forward and backward, as XLA counts them; time stays quadratic."""

@@ -129,6 +129,16 @@ def test_regularisers_equal_torch(smoothing, z_loss):
     np.testing.assert_allclose(plain, (their_nll(logits, targets).numpy() * weights).sum(), 1e-6)
 
 
+def test_equal_logits_are_won_by_the_first():
+    """As argmax: of two likeliest tokens the first is predicted."""
+    logits = np.round(case()[0])  # Many ties.
+    best = logits.argmax(-1)
+    targets = np.where(np.arange(T) % 2, best, V - 1 - logits[..., ::-1].argmax(-1))
+    assert (targets != best).any() and (logits == logits.max(-1, keepdims=True)).sum() > B * T
+    sums = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.ones((B, T)))
+    assert sums.correct == (targets == best).sum()
+
+
 def head_case(D: int = 5, length: int = T, vocab_size: int = V):
     rng = np.random.default_rng(0)
 
@@ -186,6 +196,7 @@ def cost(chunk_bytes, trained):
     return grad.cost_analysis()["flops"], grad.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.perf
 def test_logits_of_all_places_are_never_held():
     """Temporaries are a few chunks, where the whole logits take 64 MiB."""
     logits = 4 * B * 512 * 8192
@@ -195,6 +206,7 @@ def test_logits_of_all_places_are_never_held():
     assert chunked <= logits // 4
 
 
+@pytest.mark.perf
 def test_a_head_that_does_not_train_gets_no_gradient():
     """A third of the products is spared: logits, and their gradient for x; none for the head."""
     logits = 4 * B * 512 * 8192

@@ -145,6 +145,27 @@ def test_selective_scan_restarts(form, chunk):
     np.testing.assert_allclose(last, h, atol=1e-5)
 
 
+@pytest.mark.perf
+@pytest.mark.parametrize("form", ["sequential", "associative"])
+def test_memory_of_a_scan_is_linear_in_the_length(form):
+    """Bytes of temporaries of forward and backward, by XLA; all states at once would be 16 F."""
+    batch, features, states = 2, 32, 16
+
+    def temporaries(length):
+        def loss(x, dt, A, B, C, D):
+            return selective_scan(x, dt, A, B, C, D, form=form, chunk=64)[0].sum()
+
+        wide, narrow = ((batch, length, n) for n in (features, states))
+        shapes = (wide, wide, (features, states), narrow, narrow, (features,))
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        compiled = jax.jit(jax.grad(loss, tuple(range(6)))).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(1024), temporaries(4096)
+    assert large <= 4.1 * small
+    assert large < 4 * batch * 4096 * features * states / 2
+
+
 def test_unknown_form_is_named():
     with pytest.raises(ValueError, match="sequential or associative, not 'parallel'"):
         selective_scan(**scan_inputs(), form="parallel")

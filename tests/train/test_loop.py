@@ -88,7 +88,8 @@ def test_what_a_run_writes(finished):
         validated = (
             {"validation_loss", "validation_accuracy"} if record["step"] % 10 == 0 else set()
         )
-        assert record.keys() == expected | validated
+        first = {"seconds_to_first_step"} if record["step"] == 1 else set()
+        assert record.keys() == expected | validated | first
         assert all(np.isfinite(value) for value in record.values())
         assert record["tokens_per_second"] > 0 and record["mfu"] > 0
     assert result.step == 20 and result.stopped == "finished"
@@ -111,7 +112,10 @@ def test_the_plan_comes_first(finished):
     for name in ("memory", "tokens per step", "FLOPs per step", "devices", "run directory"):
         assert name in lines[0]
     assert re.search("attention +reference \\(causal, documents\\)\n", lines[0])
-    assert lines[1].startswith("step      1")
+    assert re.search(r"batch +8 rows of 12 in 1 parts \(train.micro_batches changes it\)", lines[0])
+    assert re.search(r"step compiled in +\d+\.\d s", lines[0])
+    assert re.fullmatch(r"first step after \d+\.\d s", lines[1])
+    assert lines[2].startswith("step      1")
 
 
 def test_flops_are_six_per_weight_and_token_and_attention():
@@ -244,6 +248,7 @@ def test_a_masked_batch_without_a_mask_stops_the_run(tmp_path):
         (dict(parallel="threads"), "train.parallel is one of jit, pmap"),
         (dict(attention="cudnn"), "by 'cudnn': it runs on NVIDIA GPUs, and this is a cpu"),
         (dict(keep=0), "train.keep is 1 or more"),
+        (dict(remat="some"), "train.remat is one of none, dots, full, offload, not 'some'"),
     ],
 )
 def test_bad_settings_change_nothing(tmp_path, wrong, message):
@@ -334,6 +339,7 @@ def test_frozen_parameters_stay(tmp_path):
     assert (np.asarray(early["head"]["kernel"]) != late["head"]["kernel"]).any()
 
 
+@pytest.mark.perf
 def test_nothing_compiles_after_the_first_validation(tmp_path, monkeypatch):
     """Counted over the whole process by jax's own events, from step 11 to 40."""
     compiled: list[str] = []
@@ -371,6 +377,21 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
     )
     quiet(toy_experiment(steps=4, eval_every=0, checkpoint_every=0), tmp_path / "run")
     assert events == [1, 2, -1, 3, -2, 4, -3, -4]
+
+
+def test_a_profile_is_of_the_steps_asked_for(tmp_path):
+    lines: list[str] = []
+    experiment = toy_experiment(steps=7, eval_every=0, checkpoint_every=0)
+    train(experiment, tmp_path / "run", echo=lines.append, progress=False, profile=2)
+    where = tmp_path / "run" / "profile"
+    assert f"steps 4 to 5 are traced in {where}" in lines
+    assert list(where.glob("plugins/profile/*/*.xplane.pb"))
+    short = toy_experiment(steps=2, eval_every=0, checkpoint_every=0)
+    train(short, tmp_path / "short", echo=lines.append, progress=False, profile=2)
+    assert "no step was traced: the run ended within 3 steps" in lines
+    with pytest.raises(ValueError, match="0 or more steps, not -1"):
+        quiet(experiment, tmp_path / "never", profile=-1)
+    assert not (tmp_path / "never").exists()
 
 
 def test_disk_full_in_a_run(tmp_path, monkeypatch):

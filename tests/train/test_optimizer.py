@@ -159,6 +159,7 @@ def test_frozen_leaves_cost_nothing_and_stay(optimizer):
         assert (np.asarray(after[path]) != np.asarray(leaf)).any(), path
 
 
+@pytest.mark.perf
 def test_no_gradient_is_computed_for_frozen_kernels():
     """The step's program has fewer products than that of full training."""
     model = tiny_model()

@@ -14,6 +14,7 @@ from lm.core.context import Context
 from lm.core.mesh import MeshShape, make_mesh
 from lm.core.paths import flatten
 from lm.models import params as P
+from lm.models.stack import REMAT_POLICIES
 from lm.train.experiment import load_experiment
 from lm.train.objectives import AlphaMix, Generative, Masked
 from lm.train.optimizer import AdamW, Muon, Optimizer
@@ -145,23 +146,28 @@ def test_micro_batches_equal_one_batch(parts):
         np.testing.assert_allclose(many_metrics[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.perf
 @pytest.mark.ledger("D13")
 def test_remat_keeps_gradients_and_takes_less_memory():
-    """Equal gradients; fewer bytes of temporaries by the compiler's own count."""
+    """Equal gradients; fewer bytes of temporaries by the compiler's own count.
+
+    A CPU's pinned memory is its memory, so that 'offload' is as 'dots' there.
+    """
     model = tiny_model(num_layers=4, num_features=32, mlp_multiplier=8)
     batch = make_batch(1, 64)
     found = {}
-    for remat in ("none", "full"):
+    for remat in REMAT_POLICIES:
         recipe = recipe_of(model, remat=remat)
         state = state_of(recipe)
         compiled = jax.jit(gradients, static_argnums=0).lower(recipe, state.params, batch, KEY)
         compiled = compiled.compile()
         grads, _ = compiled(state.params, batch, KEY)
-        found[remat] = grads, compiled.memory_analysis().temp_size_in_bytes
-    plain, rematerialised = (flatten(found[remat][0]) for remat in ("none", "full"))
-    for path, leaf in plain.items():
-        np.testing.assert_allclose(rematerialised[path], leaf, atol=1e-6, err_msg=path)
+        found[remat] = flatten(grads), compiled.memory_analysis().temp_size_in_bytes
+    for remat in ("dots", "full", "offload"):
+        for path, leaf in found["none"][0].items():
+            np.testing.assert_allclose(found[remat][0][path], leaf, atol=1e-6, err_msg=path)
     assert found["full"][1] < 0.7 * found["none"][1]
+    assert found["full"][1] < found["dots"][1] < found["none"][1]
 
 
 @pytest.mark.ledger("D13")

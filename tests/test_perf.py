@@ -1,0 +1,137 @@
+"""What costs time and can be counted, so that noise does not blur it: `pytest -m perf`."""
+
+import logging
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lm.models.families.gpt2 import gpt2
+from lm.models.families.teeny_gpt import teeny_gpt
+from lm.models.params import abstract
+from lm.train import loop
+from lm.train.loop import train
+from lm.train.objectives import Generative
+from lm.train.optimizer import AdamW
+from lm.train.plan import choose_micro_batches
+from lm.train.run import Run
+from lm.train.schedule import Constant
+from lm.train.state import Recipe, abstract_state
+from lm.train.step import train_step
+from tests.train.toy import make_batch, toy_experiment
+
+pytestmark = pytest.mark.perf
+LAYERS = 3
+# q, k, v, out, up, down, and the two products of attention.
+PRODUCTS_OF_A_LAYER = 8
+
+
+def quiet(experiment, run_dir) -> loop.Result:
+    return train(experiment, run_dir, echo=lambda text: None, progress=False)
+
+
+def reads_of_arrays(monkeypatch) -> Counter:
+    """Counts, from now on, every way in which the host waits for an array on a device."""
+    counts: Counter = Counter()
+    array = type(jnp.zeros(()))
+
+    def counted(owner, name):
+        old = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return old(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("__array__", "__float__", "__int__", "__bool__", "__index__", "item", "tolist"):
+        counted(array, name)
+    counted(array, "block_until_ready")
+    counted(jax, "device_get")
+    counted(jax, "block_until_ready")
+    return counts
+
+
+def test_the_loop_waits_for_nothing_but_the_metrics_of_the_step_before(tmp_path, monkeypatch):
+    """One `device_get` a step, of a few numbers, after the next step was dispatched."""
+    take_step, read = Run.take_step, loop.Loop.read
+    seen, events = {}, []
+
+    def step(self, batch):
+        if self.step == 5:
+            seen["counts"] = reads_of_arrays(monkeypatch)
+        metrics = take_step(self, batch)
+        if self.step == 26:  # The steps 5 to 24 were read since.
+            seen["after"] = Counter(seen["counts"])
+            seen["leaves"] = len(jax.tree.leaves(metrics))
+        events.append(self.step)
+        return metrics
+
+    def late(self, pending):
+        events.append(-pending.step)
+        return read(self, pending)
+
+    monkeypatch.setattr(Run, "take_step", step)
+    monkeypatch.setattr(loop.Loop, "read", late)
+    quiet(toy_experiment(steps=30, eval_every=0, checkpoint_every=0, log_every=10), tmp_path / "r")
+    assert events[:6] == [1, 2, -1, 3, -2, 4]
+    after = seen["after"]
+    assert after["device_get"] == 20
+    assert after["__array__"] <= 20 * seen["leaves"]
+    others = {name: n for name, n in after.items() if name not in ("device_get", "__array__")}
+    assert not any(others.values()), others
+
+
+def test_a_run_compiles_its_step_once(tmp_path, caplog):
+    """And its validation once; all else together a few small programs."""
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        quiet(toy_experiment(steps=20), tmp_path / "run")
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    names = Counter(re.findall(r"Compiling (?:jit\()?(\w+)", text))
+    assert names["train_step"] == 1 and names["evaluate_batch"] == 1, names
+    assert sum(names.values()) <= 12, names
+
+
+def lowered(dtype: str, **changes):
+    model = gpt2(vocab_size=50, max_length=16, num_features=16, num_heads=2, num_layers=LAYERS)
+    recipe = Recipe(model, Generative(), AdamW(Constant(1e-3)), dtype=dtype, **changes)
+    state = abstract_state(recipe)
+    return jax.jit(train_step, static_argnums=0).lower(recipe, state, make_batch(0, 4))
+
+
+def test_each_product_is_computed_once_in_each_direction():
+    """Itself, and the gradients of its two operands; and a sum for each bias and norm."""
+    dots = re.findall(r"= \S+ dot\(", lowered("float32").compile().as_text())
+    products = PRODUCTS_OF_A_LAYER * LAYERS + 1  # And the head.
+    # Six biases of projections, two scales and biases of norms; those of the last norm.
+    sums = 10 * LAYERS + 2
+    assert len(dots) == 3 * products + sums
+
+
+def test_products_of_low_precision_have_operands_of_low_precision():
+    """In both directions; fp32 are the sums that make the gradients of norms, and no other."""
+    text = lowered("bfloat16").as_text()
+    operands = re.findall(
+        r"stablehlo\.dot_general .*: \(tensor<\S+x(\w+)>, tensor<\S+x(\w+)>\)", text
+    )
+    counts = Counter(operands)
+    assert counts.keys() == {("bf16", "bf16"), ("f32", "f32")}
+    products = PRODUCTS_OF_A_LAYER * LAYERS + 1
+    assert counts["f32", "f32"] <= 4 * LAYERS + 2
+    assert counts["bf16", "bf16"] >= 3 * products / LAYERS
+
+
+def test_micro_batches_are_chosen_for_the_cache_of_a_cpu(monkeypatch):
+    """The published teenyGPT in parts of 512 places; a model of many parameters in one part."""
+
+    def chosen(model, rows, length):
+        return choose_micro_batches(abstract(model), rows, rows * length)
+
+    assert chosen(teeny_gpt(), 64, 128) == 16
+    assert chosen(teeny_gpt(num_features=128, num_heads=2, mlp_multiplier=4), 16, 128) == 1
+    assert chosen(gpt2(vocab_size=65, num_features=384, num_heads=6, num_layers=6), 16, 256) == 2
+    assert chosen(gpt2(), 4, 512) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert chosen(teeny_gpt(), 64, 128) == 1
