@@ -36,7 +36,10 @@ def model_of(name):
     return model, params
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral", "mamba"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mamba")]
+
+
+@pytest.mark.parametrize("name", ["mistral", *SLOW])
 def test_equals_each_prompt_alone(name):
     """Three rows, ten prompts of different lengths and limits, in caches that go round."""
     model, params = model_of(name)
@@ -104,6 +107,7 @@ def test_more_may_be_submitted_meanwhile():
     assert found == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_adapter():
     model, params = model_of("gpt2")
     one, two = (adapted(model, params, LoRA(2, targets=("*/out/kernel",)), n) for n in (1, 2))
