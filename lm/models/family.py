@@ -265,7 +265,7 @@ class Family:
             for field in self.fields:
                 values.update(field.write(model))
         except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"this model is not a {self.name}: {error}") from error
+            raise ValueError(f"this model is not a {self.name}") from error
         head = {"model_type": model_type, "architectures": [self.classes[model_type]]}
         values = {**head, **values, **write_task(model)}
         for name in self._class_names(model_type):
