@@ -25,6 +25,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.slow
 EXPERIMENT = """
 from lm.data.corpus import TextData
 from lm.models.adapters import LoRA
@@ -67,7 +68,6 @@ def logits(loaded, **options):
     return np.asarray(loaded.logits(ids(61), **options))
 
 
-@pytest.mark.slow
 def test_a_trained_adapter_goes_to_peft_and_back(folder, capsys):
     """peft's logits on the base are those of the run; and those of the adapter that we read."""
     run = lm.load(folder / "run")
@@ -116,7 +116,6 @@ def test_several_lie_beside_one_base(folder):
         lm.generate(several, ["police", "fire"], adapters=[0, 2], max_new_tokens=4)
 
 
-@pytest.mark.slow
 def test_commands_take_an_adapter(folder, capsys, monkeypatch):
     """generate, chat and evaluate say with --adapter what they say of the run that trained it."""
     base, run = str(folder / "base"), str(folder / "run")

@@ -90,7 +90,7 @@ def test_a_run_compiles_its_step_once(tmp_path, caplog):
         quiet(toy_experiment(steps=20), tmp_path / "run")
     text = "\n".join(record.getMessage() for record in caplog.records)
     names = Counter(re.findall(r"Compiling (?:jit\()?(\w+)", text))
-    assert names["train_step"] == 1 and names["evaluate_batch"] == 1, names
+    assert names["step"] == 1 and names["evaluate_batch"] == 1, names
     assert sum(names.values()) <= 12, names
 
 

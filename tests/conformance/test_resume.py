@@ -24,7 +24,9 @@ def batch_of(model, seed: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(jnp.int32), source=source)
 
 
-@pytest.mark.parametrize("name", cells("resume"))
+@pytest.mark.parametrize(
+    "name", [n if n != "t5" else pytest.param(n, marks=pytest.mark.slow) for n in cells("resume")]
+)
 def test_resume_is_bit_identical(name, tmp_path):
     family = FAMILIES[name]
     model = family.build(**family.tiny)

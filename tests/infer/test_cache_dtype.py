@@ -69,6 +69,7 @@ def test_logits_stay_near_those_of_the_full_cache(name):
     np.testing.assert_array_equal(logits("float32"), full)
 
 
+@pytest.mark.slow
 def test_a_key_s_text_does_not_depend_on_the_batch():
     """The bits of a cache are a setting like any other: batched and alone are the same."""
     model, params = tiny("gpt2")

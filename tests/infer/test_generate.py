@@ -211,6 +211,7 @@ def test_bucket():
         assert n <= bucket(n) < 1.5 * n + 1
 
 
+@pytest.mark.slow
 def test_every_length_up_to_the_model_s_is_reached(teeny):
     limit = teeny.model.max_length
     for length in (1, limit - 1):

@@ -66,6 +66,7 @@ def test_equals_each_prompt_alone(name):
     assert list(batcher.run()) == []
 
 
+@pytest.mark.slow
 def test_texts_come_as_they_are_finished(compilations):
     """The texts of `generate`, settings by prompt; short ones overtake long ones."""
     model, params = model_of("gpt2")

@@ -111,7 +111,7 @@ def test_generation_does_not_depend_on_the_cache(model, params):
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
-@pytest.mark.parametrize("steps", [(1,) * 9, (7, 2, 1, 5)])
+@pytest.mark.parametrize("steps", [(1,) * 9, pytest.param((7, 2, 1, 5), marks=pytest.mark.slow)])
 def test_places_say_what_the_slots_hold(steps):
     """Keys that are their own places: each is where its place is said to be, or is empty."""
 

@@ -160,9 +160,8 @@ def three_adapters(model, params):
     return alone, adapters.stack(params, [adapters.split(each)[1] for each in alone])
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [("float32", 1e-5), pytest.param("bfloat16", 0.15, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.15)])
 def test_each_row_has_its_adapter(dtype, tolerance):
     """Of other ranks, targets and kinds; -1 is the base."""
     model, params = tiny("llama")

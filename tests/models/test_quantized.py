@@ -73,10 +73,8 @@ def test_rounded_once():
     np.testing.assert_array_equal(ours, logits(model, dequantize(model, low), dtype="bfloat16"))
 
 
-@pytest.mark.parametrize(
-    "lora",
-    [pytest.param(n, marks=[] if n == "dora" else pytest.mark.slow) for n in LORAS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", LORAS)
 def test_an_adapter_beside_quantized_kernels(lora):
     """It starts from the quantized base exactly, and equals its merged form."""
     model, params = tiny("llama")

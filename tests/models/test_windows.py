@@ -56,6 +56,7 @@ def test_receptive_field_grows_by_a_window_each_layer(layers):
     np.testing.assert_array_equal(found, band(layers * (W - 1) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("L41")
 def test_a_window_equals_dense_attention_with_a_band():
     """The mixer of a windowed model against softmax over the band, written out."""

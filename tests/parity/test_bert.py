@@ -62,7 +62,11 @@ def run_ours(model, params, tokens, ctx):
     "name, changes",
     [
         ("BertForPreTraining", {}),
-        ("BertForPreTraining", dict(hidden_act="gelu_new", type_vocab_size=3, layer_norm_eps=1e-3)),
+        pytest.param(
+            "BertForPreTraining",
+            dict(hidden_act="gelu_new", type_vocab_size=3, layer_norm_eps=1e-3),
+            marks=pytest.mark.slow,
+        ),
         ("BertForMaskedLM", {}),
         ("BertModel", {}),
     ],

@@ -107,6 +107,7 @@ def test_clipping_sees_the_adapter_alone():
     assert abs(np.sqrt(nu / 0.05) - norm / 100) <= 1e-4 * norm / 100
 
 
+@pytest.mark.slow
 def test_decay_acts_on_both_factors():
     """With gradients of zero: A and B shrink, the lengths of columns do not."""
     recipe = replace(RECIPE, adapter=replace(EVERY, dora=True))

@@ -58,6 +58,7 @@ def test_restores_bit_for_bit(tmp_path, state):
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_restores_to_another_mesh(tmp_path, state):
     """Eight ways of data parallelism come back divided over fsdp and tensor, and step alike."""
     checkpoints = saved(tmp_path / "c", state)

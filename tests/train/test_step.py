@@ -258,14 +258,10 @@ MESHES = {
 SGD, MUON = Sgd(Constant(0.1)), Muon(Constant(1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, optimizer",
-    [
-        ("data", SGD),
-        pytest.param("fsdp", SGD, marks=pytest.mark.slow),
-        pytest.param("tensor", SGD, marks=pytest.mark.slow),
-        pytest.param("tensor", MUON, marks=pytest.mark.slow),
-    ],
+    [("data", SGD), ("fsdp", SGD), ("tensor", SGD), ("tensor", MUON)],
 )
 def test_jit_on_a_mesh_equals_one_device(name, optimizer):
     """Losses and gradient norms of five steps on every kind of mesh; SGD's parameters too."""
