@@ -91,7 +91,8 @@ def test_a_run_compiles_its_step_once(tmp_path, caplog):
     text = "\n".join(record.getMessage() for record in caplog.records)
     names = Counter(re.findall(r"Compiling (?:jit\()?(\w+)", text))
     assert names["step"] == 1 and names["evaluate_batch"] == 1, names
-    assert sum(names.values()) <= 12, names
+    # Orbax cuts what lies on several devices before it saves it, in a program for each.
+    assert sum(names.values()) - names["slice"] <= 12, names
 
 
 def lowered(dtype: str, **changes):
