@@ -79,6 +79,7 @@ def test_an_adapter_leaves_merged_or_by_itself(tuned, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "hlo"}
 
 
+@pytest.mark.slow
 def test_merged_run(tuned, tmp_path, capsys):
     """The same function, a run without an adapter, measured on the same data."""
     with pytest.raises(ValueError, match="holds an adapter: `lm merge`"):

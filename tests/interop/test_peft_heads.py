@@ -104,6 +104,7 @@ def body_of(name: str, loaded: Loaded) -> dict:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=SLOW)])
 def test_we_read_what_peft_trains(name, tmp_path):
     """Of a classifier that peft itself put the adapter and its copy of the head on."""
@@ -121,6 +122,7 @@ def test_we_read_what_peft_trains(name, tmp_path):
     np.testing.assert_allclose(our_logits(back), their_logits(theirs, "sequence"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(tmp_path):
     base = model_of("bert", "sequence")
     trained = replace(base, params=adapted(base.model, base.params, LORA))

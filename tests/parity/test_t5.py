@@ -47,8 +47,9 @@ def test_equals_transformers(version):
     assert ("kernel" in params.get("head", {})) == (version == "1.1")
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("B14")
-@pytest.mark.parametrize("version", [pytest.param("1.0", marks=pytest.mark.slow), "1.1"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_decoder_reads_the_source(version):
     seq2seq.assert_conditional(*hf.import_torch(FAMILY, make_torch(version)))
 

@@ -379,6 +379,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
     assert events == [1, 2, -1, 3, -2, 4, -3, -4]
 
 
+@pytest.mark.slow
 def test_a_profile_is_of_the_steps_asked_for(tmp_path):
     lines: list[str] = []
     experiment = toy_experiment(steps=7, eval_every=0, checkpoint_every=0)

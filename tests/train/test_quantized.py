@@ -100,6 +100,7 @@ def compiled(recipe, batch):
     return step.lower(recipe, abstract_state(recipe), batch).compile()
 
 
+@pytest.mark.slow
 def test_less_work_and_memory_than_full_training():
     """4 operations for a frozen weight where full training has 6; half a byte where it has 12."""
     # One layer, since the compiler counts the operations of a scanned stack's layers once.

@@ -146,6 +146,7 @@ def test_micro_batches_equal_one_batch(parts):
         np.testing.assert_allclose(many_metrics[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.perf
 @pytest.mark.ledger("D13")
 def test_remat_keeps_gradients_and_takes_less_memory():
