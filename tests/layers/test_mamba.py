@@ -118,7 +118,7 @@ def test_forms_agree(params):
         return jnp.square(logits).mean(), logits
 
     results = [
-        jax.value_and_grad(loss, has_aux=True)(params, form, chunk)
+        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))(params, form, chunk)
         for form, chunk in [("sequential", 64), ("associative", 64), ("associative", 4)]
     ]
     (_, first), reference = results[0]

@@ -31,6 +31,9 @@ RECIPE = Recipe(
 )
 
 
+jit_gradients = jax.jit(gradients, static_argnums=0)
+
+
 def start(recipe=RECIPE):
     key = jax.random.PRNGKey(1)
     return new_state(recipe, recipe.prepare(P.init(recipe.model, key), key), key)
@@ -73,7 +76,7 @@ def test_the_base_stays_bit_for_bit(count):
 
 def test_gradients_are_the_adapters_alone():
     state = start()
-    grads, _ = gradients(RECIPE, state.params, make_batch(0, 4), state.rng)
+    grads, _ = jit_gradients(RECIPE, state.params, make_batch(0, 4), state.rng)
     assert {path.rpartition("/")[2] for path in flatten(grads)} == {"lora_a", "lora_b"}
 
 
@@ -94,7 +97,7 @@ def test_no_gradient_of_the_base_is_computed():
 def test_clipping_sees_the_adapter_alone():
     """The norm that is reported and clipped is that of the adapter's gradient."""
     state = start()
-    grads, metrics = gradients(RECIPE, state.params, make_batch(0, 4), state.rng)
+    grads, metrics = jit_gradients(RECIPE, state.params, make_batch(0, 4), state.rng)
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))
     _, metrics = steps(RECIPE, state, 1)
     assert abs(float(metrics["grad_norm"][0]) - norm) <= 1e-5 * norm
