@@ -6,6 +6,7 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from lm.models.families.gpt2 import gpt2
@@ -122,6 +123,32 @@ def test_products_of_low_precision_have_operands_of_low_precision():
     products = PRODUCTS_OF_A_LAYER * LAYERS + 1
     assert counts["f32", "f32"] <= 4 * LAYERS + 2
     assert counts["bf16", "bf16"] >= 3 * products / LAYERS
+
+
+def test_an_update_is_over_stacked_leaves():
+    """Twice the layers make no more operations of the optimizer, and none of them is a loop."""
+
+    def operations(layers):
+        model = gpt2(64, 32, num_features=16, num_heads=2, num_layers=layers)
+        recipe = Recipe(model, Generative(), AdamW(Constant(1e-3)))
+        state = abstract_state(recipe)
+        transform = recipe.transform(state.params)
+
+        def update(params, grads, opt_state):
+            updates, opt_state = transform.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        compiled = jax.jit(update, donate_argnums=(0, 2)).lower(
+            state.params, state.params, state.opt_state
+        )
+        counts = re.findall(r" = \S+ ([\w-]+)\(", compiled.compile().as_text())
+        return Counter(counts), len(jax.tree.leaves(state.params))
+
+    few, leaves = operations(2)
+    many, _ = operations(4)
+    assert few == many and few["while"] == 0
+    # Of each leaf: its squares, two steps of their sum, clipping, two moments, the new value.
+    assert few["fusion"] <= 7 * leaves
 
 
 def test_micro_batches_are_chosen_for_the_cache_of_a_cpu(monkeypatch):

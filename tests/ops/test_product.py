@@ -12,7 +12,9 @@ from lm.ops.sums import column_sums, spread
 
 CASES = {
     "projection": ("abi,io->abo", (2, 24, 8), (8, 6)),
-    "tied head": ("abi,oi->abo", (2, 24, 8), (13, 8)),
+    "tied head": ("abi,oi->abo", (2, 80, 8), (13, 8)),
+    "tied head, few rows": ("abi,oi->abo", (4, 2, 8), (13, 8)),
+    "tied head, one row": ("abi,oi->abo", (1, 1, 8), (13, 8)),
     "odd rows": ("ai,io->ao", (7, 8), (8, 6)),
     "scores": ("btkgh,bskh->bkgts", (2, 8, 2, 3, 4), (2, 6, 2, 4)),
     "values": ("bkgts,bskh->bkgth", (2, 2, 3, 8, 6), (2, 6, 2, 4)),
