@@ -136,7 +136,7 @@ def train(
             "peak_source": run.plan.peak_source,
             "trained": run.plan.num_trained,
             "state_bytes": run.plan.state_bytes,
-            "temporary_bytes": run.plan.temporary_bytes,
+            "temporary_bytes": run.plan.cost.temporary_bytes,
             "settings": f"Run of an Experiment, {dtype} over fp32 parameters, AdamW"
             + (", LoRA of rank 8 on q and v" if lora else "")
             + "".join(f", {name} {value}" for name, value in config.items()),

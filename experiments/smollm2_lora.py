@@ -4,7 +4,8 @@
     lm train experiments/smollm2_lora.py --trainable full --run-dir runs/smollm2_full \
         --optimizer.learning-rate.peak 5e-5
 
-Measured on 2026-11-21 on two cores of an AMD EPYC (Zen 4) that other processes shared, jax 0.10.1.
+Measured on 2026-11-21 and 22 on two cores of an AMD EPYC (Zen 4), jax 0.10.1; but for full finetuning
+in the first table, other processes shared them.
 Loss is nats per token of the replies in the validation split; computing is CPU time of the whole
 command, with loading, compiling, two validations and the replies at the end.
 
@@ -12,7 +13,9 @@ As it stands, 60 steps of 4 x 256 tokens, seed 0:
 
              before    after     weights trained    peak memory    time           computing
     LoRA     1.6478    1.5460            921,600         9.5 GB    13 min 26 s    11 min 15 s
-    full     not measured
+    full     1.6478    1.5420        134,515,008    10.4 GB         8 min 57 s     14 min 28 s
+
+LoRA recovers 96 % of the gain of full finetuning there, with one seed.
 
 30 steps of 2 x 128 tokens (`--train.steps 30 --train.eval-every 30 --train.batch-size 2
 --data.length 128`), from 1.6207, and what LoRA, 0.7 % of the weights, recovers of the gain of full

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 USAGE = """usage: lm COMMAND ...
 
   train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
+  plan EXPERIMENT       what its step costs on a TPU slice, compiled for it without one
   generate MODEL        continue prompts
   chat MODEL            talk with a model
   classify MODEL        label texts
@@ -37,7 +38,11 @@ COMMANDS = {
     ("data", "inspect"): "data.inspect_data",
     ("tokenizer", "train"): "data.train_tokenizer",
 }
-OWN_OPTIONS = ("--run-dir", "--checkpoint-dir", "--platform", "--profile")
+# Commands of an experiment, whose other options are its fields, and their own options.
+OF_EXPERIMENTS = {
+    "train": ("--run-dir", "--checkpoint-dir", "--platform", "--profile"),
+    "plan": ("--topology",),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lm {__version__}")
         return 0
     try:
-        if words[0] == "train":
-            return train(words[1:])
+        if words[0] in OF_EXPERIMENTS:
+            return of_experiment(words[0], words[1:])
         for name, function in COMMANDS.items():
             if tuple(words[: len(name)]) == name:
                 return call(function, words[len(name) :], "lm " + " ".join(name))
@@ -65,33 +70,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def train(words: list[str]) -> int:
-    """Runs `lm train`, whose options beyond its own are fields of the experiment."""
+def of_experiment(command: str, words: list[str]) -> int:
+    """Runs `lm train` or `lm plan`, whose options beyond their own are fields of the experiment."""
     wants_help = any(word in ("-h", "--help") for word in words)
     path = words[0] if words and not words[0].startswith("-") else ""
     if wants_help or not path:
-        from lm.commands.train import train_help
+        from lm.commands.train import experiment_help
 
-        print(train_help(path))
+        print(experiment_help(command, path))
         return 0 if wants_help else 2
-    own, overrides = split_options(words[1:])
-    platform = own.pop("platform", "")
+    own, overrides = split_options(words[1:], OF_EXPERIMENTS[command])
+    platform = own.pop("platform", "cpu" if command == "plan" else "")
     from lm.core.runtime import prepare
 
     prepare(platform)
-    from lm.commands.train import train as run
+    from lm.commands import train
 
-    result = run(path, overrides, **own)
-    return 0 if result.stopped in ("finished", "early stopping") else 130
+    result = getattr(train, command)(path, overrides, **own)
+    return 0 if result is None or result.stopped in ("finished", "early stopping") else 130
 
 
-def split_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separates the options of `lm train` itself from the fields of the experiment."""
+def split_options(words: list[str], known: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Separates the options that a command knows from the fields of the experiment."""
     own, rest = {}, []
     words = list(words)
     while words:
         name, equals, value = words.pop(0).partition("=")
-        if name not in OWN_OPTIONS:
+        if name not in known:
             rest.append(name + equals + value)
             continue
         if not equals:
@@ -117,7 +122,7 @@ def call(function: str, words: list[str], prog: str) -> int:
 
 def unknown(words: Sequence[str]) -> str:
 
-    names = ["train", *(" ".join(name) for name in COMMANDS)]
+    names = [*OF_EXPERIMENTS, *(" ".join(name) for name in COMMANDS)]
     near = difflib.get_close_matches(" ".join(words[:2]), names, 1, cutoff=0.0)
     return f"there is no command {' '.join(words[:2])!r}: did you mean 'lm {near[0]}'?"
 

@@ -1,4 +1,4 @@
-"""`lm train`: a run from its first step to the report at its end."""
+"""`lm train`, a run from its first step to the report at its end, and `lm plan`."""
 
 import json
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from lm.infer.generate import generate
 from lm.infer.rows import encode
 from lm.interop.loaded import Loaded
 from lm.opening import load, start
+from lm.train.ahead import plan_ahead
 from lm.train.experiment import Experiment, load_experiment
 from lm.train.loop import Result
 from lm.train.loop import train as run_training
@@ -60,6 +61,20 @@ def train(
         then = f"lm generate {directory} --prompt '...'"
     print(f"everything is in {directory}; next: {then}")
     return result
+
+
+def plan(path: str, overrides: Sequence[str] = (), topology: str = "") -> None:
+    """Prints what a step of an experiment costs on a TPU slice, and where its bounds are.
+
+    Args:
+      path: `experiments/NAME.py`, or NAME.
+      overrides: `--field value` pairs.
+      topology: such as 'v5e:2x2'.
+    """
+    if not topology:
+        raise ValueError("--topology names the slice to plan for, such as v5e:2x2")
+    experiment = apply_overrides(load_experiment(path), overrides)
+    print(plan_ahead(experiment, topology, start(experiment).get("tokenizer")))
 
 
 def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> None:
@@ -112,9 +127,8 @@ def report_replies(loaded: Loaded, data: Instructions, result: Result) -> None:
         print("\n".join(lines))
 
 
-def train_help(path: str = "") -> str:
-    """Returns how to call `lm train`, with the fields of an experiment where one is named."""
-    lines = [
+HELP = {
+    "train": [
         "usage: lm train EXPERIMENT [--run-dir DIR] [--checkpoint-dir PATH] [--platform NAME]",
         "                [--profile N] [--FIELD VALUE ...]",
         "",
@@ -127,9 +141,24 @@ def train_help(path: str = "") -> str:
         "  --init-from MODEL      a run, directory, .gguf file or package:NAME to start from",
         "  --trainable full       everything trains, without the experiment's adapter",
         "",
-    ]
+    ],
+    "plan": [
+        "usage: lm plan EXPERIMENT --topology NAME [--FIELD VALUE ...]",
+        "",
+        "Compiles the step of experiments/NAME.py (or NAME) for a TPU slice, on any machine, and",
+        "prints its parameters, memory, FLOPs and the bounds of its time. Needs lm[plan].",
+        "",
+        "  --topology NAME        the slice, such as v5e:2x2",
+        "",
+    ],
+}
+
+
+def experiment_help(command: str, path: str = "") -> str:
+    """Returns how to call a command, with the fields of an experiment where one is named."""
+    lines = list(HELP[command])
     if not path:
-        return "\n".join([*lines, "lm train EXPERIMENT --help lists the fields it has."])
+        return "\n".join([*lines, f"lm {command} EXPERIMENT --help lists the fields it has."])
     lines.append("Fields, and what they are:")
     for name, value in list_fields(load_experiment(path)):
         lines.append(f"  --{name.replace('_', '-')} {value}")

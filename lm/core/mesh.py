@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
+import jax.extend.backend
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -93,3 +94,14 @@ def param_sharding(
                 "divide: choose another mesh or another size"
             )
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def target_platform() -> str:
+    """Returns what is compiled for, that of the mesh or of jax: 'cpu', 'tpu', 'gpu' or 'rocm'."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind.lower()
+    for name in ("cpu", "tpu"):
+        if kind.startswith(name):
+            return name
+    is_amd = "rocm" in jax.extend.backend.get_backend().platform_version.lower()
+    return "rocm" if is_amd else jax.default_backend()

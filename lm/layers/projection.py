@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
+from lm.core.mesh import target_platform
 from lm.core.part import Part
 from lm.layers.dropout import Dropout
 from lm.ops.product import product
@@ -33,7 +34,7 @@ def contract(x: Array, kernel: Array, num_in: int = 1) -> Array:
     flat = x.reshape(*x.shape[: x.ndim - num_in], matrix.shape[0])
     # One row of fp32 on a CPU is for `_one_row`, where the kernel is reshaped.
     alone = x.dtype == jnp.float32 and kernel.ndim > 2 and flat.size == len(matrix)
-    if alone and jax.default_backend() == "cpu":
+    if alone and target_platform() == "cpu":
         y = _one_row(flat, matrix)
     else:
         rows = "abcdefgh"[: flat.ndim - 1]

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from lm.core.context import Context
+from lm.core.mesh import target_platform
 from lm.core.part import Part
 from lm.layers.attention import indices
 from lm.layers.cache import places
@@ -104,7 +105,7 @@ class Stack(Part):
 
         unroll = ctx.unroll
         if unroll is None:
-            few = jax.default_backend() == "cpu" and self.repeats <= MAX_UNROLL_ON_CPU
+            few = target_platform() == "cpu" and self.repeats <= MAX_UNROLL_ON_CPU
             # Unrolled, XLA's CPU backend shares what remat computes again with the forward pass.
             unroll = self.repeats if few and ctx.remat == "none" else 1
         if ctx.remat not in REMAT_POLICIES:
@@ -141,7 +142,7 @@ def apart(tree):
     its cache is written in place, where a stack would be cut and put together again at every step.
     Elsewhere, and for many repeats, it returns the tree as it is.
     """
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return tree
 
     def cut(path, leaf):

@@ -6,9 +6,9 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 
+from lm.core.mesh import target_platform
 from lm.ops import cudnn, splash
 from lm.ops.cudnn import cudnn_attend
 from lm.ops.flash import flash_attend
@@ -215,17 +215,6 @@ def choose(
     if reason := BACKENDS[fused].refusal(*operands, **options):
         return Choice("flash", what, f"{fused}: {reason}")
     return Choice(fused, what)
-
-
-def target_platform() -> str:
-    """Returns what is compiled for, that of the mesh or of jax: 'cpu', 'tpu', 'gpu' or 'rocm'."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = "" if device is None else device.device_kind.lower()
-    for name in ("cpu", "tpu"):
-        if kind.startswith(name):
-            return name
-    is_amd = "rocm" in jax.extend.backend.get_backend().platform_version.lower()
-    return "rocm" if is_amd else jax.default_backend()
 
 
 def describe(mask: Mask, **options) -> str:

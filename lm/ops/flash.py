@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.core.mesh import target_platform
 from lm.ops.mask import Mask
 from lm.ops.softcap import soft_cap, soft_cap_slope
 
@@ -81,7 +82,7 @@ def flash_attend(
     S, K = k_BSKH.shape[1:3]
     G = N // K
     if block is None:
-        block = 128 if jax.default_backend() == "cpu" else 256
+        block = 128 if target_platform() == "cpu" else 256
     block = min(block, max(T, S))
     mask = _padded_mask(mask, -T % block, -S % block)
     pairs = pairs_of(mask, block)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm.core.mesh import target_platform
+
 Array = jax.Array
 
 
@@ -46,7 +48,7 @@ def _is_few_rows_by_a_table(of_a: str, of_b: str, of_out: str, a: Array, b: Arra
     is_table = len(of_b) == 2 and of_b[-1] == of_a[-1] and of_out == of_a[:-1] + of_b[0]
     rows = math.prod(a.shape[:-1])
     is_fast = a.dtype == jnp.float32 and 1 < rows <= FEW_ROWS
-    return is_table and is_fast and jax.default_backend() == "cpu"
+    return is_table and is_fast and target_platform() == "cpu"
 
 
 def _forward(letters: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -75,7 +77,7 @@ def _in_rows(of_a: str, of_b: str, of_out: str, a: Array, b: Array) -> Array:
     XLA's CPU backend has fast products only for operands of that form. The others it leaves to
     Eigen, after widening bfloat16 to fp32, which halves their speed.
     """
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return jnp.einsum(f"{of_a},{of_b}->{of_out}", a, b, preferred_element_type=jnp.float32)
     ways = [_Way(of_a, of_b, of_out, a, b), _Way(of_b, of_a, of_out, b, a)]
     return min(ways, key=_Way.copied).compute()

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.core.mesh import target_platform
+
 Array = jax.Array
 
 
@@ -126,7 +128,7 @@ def selective_scan(
       The outputs (B, T, F) and the last state (B, P, F), both fp32.
     """
     if form is None:
-        form = "sequential" if jax.default_backend() == "cpu" else "associative"
+        form = "sequential" if target_platform() == "cpu" else "associative"
     x_BTF, dt_BTF, B_BTP, C_BTP = (
         value.astype(jnp.float32) for value in (x_BTF, dt_BTF, B_BTP, C_BTP)
     )

@@ -8,6 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from lm.core.mesh import target_platform
+
 Array = jax.Array
 
 # The fast products of that backend begin at so many rows; one would be added up as before.
@@ -43,7 +45,7 @@ _spread.defvjp(_forward, _backward)
 def column_sums(x: Array, num_last: int = 1) -> Array:
     """Returns the fp32 sums over all but the last `num_last` dimensions."""
     rows = tuple(range(x.ndim - num_last))
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return x.sum(rows, dtype=jnp.float32)
     letters = "abcdefgh"[: len(rows)]
     ones = jnp.ones((ONES, *x.shape[: len(rows)]), x.dtype)

@@ -18,7 +18,7 @@ from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choices
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
-from lm.train.plan import Plan, attention_line, choose_micro_batches, make_plan
+from lm.train.plan import Cost, Plan, attention_line, choose_micro_batches, make_plan
 from lm.train.run_dir import check_config, check_run_dir, claim_run_dir, config_of
 from lm.train.state import TrainState, abstract_state, init_state, state_shardings
 from lm.train.step import (
@@ -161,7 +161,7 @@ class Run:
             parts = choose_micro_batches(state.params, share, tokens)
             self.recipe = replace(self.recipe, micro_batches=parts)
         start, counts = time.perf_counter(), cache_events().copy()
-        self.temporary_bytes = None
+        self.cost = Cost()
         if self.is_pmap:
             self.compiled = pmap_step(self.recipe, self.devices)
             with choices() as self.attention:
@@ -171,8 +171,7 @@ class Run:
             with choices() as self.attention:
                 lowered = step.lower(state, self.place(first))
             self.compiled = lowered.compile()
-            if memory := self.compiled.memory_analysis():
-                self.temporary_bytes = memory.temp_size_in_bytes
+            self.cost = Cost.of(self.compiled)
         seconds = time.perf_counter() - start
         found, made = ((cache_events() - counts)[name] for name in ("hits", "misses"))
         source = " from the cache" if found and not made else ""
@@ -251,7 +250,7 @@ class Run:
             "run directory": str(self.run_dir),
             "checkpoints": str(where),
         }
-        return make_plan(self.recipe, state, self.shape, self.temporary_bytes, lines)
+        return make_plan(self.recipe, state, self.shape, self.cost, lines, self.devices)
 
 
 def open_data(config: Any, run_dir: Path, tokenizer: Any) -> Data:

@@ -22,7 +22,7 @@ from lm.opening import load
 from lm.train.loop import train
 from lm.train.objectives import Generative
 from lm.train.optimizer import AdamW
-from lm.train.plan import make_plan, num_bytes
+from lm.train.plan import Cost, make_plan, num_bytes
 from lm.train.schedule import Constant
 from lm.train.state import Recipe, abstract_state, init_state, new_state
 from lm.train.step import evaluate_batch, gradients, jit_step, train_step
@@ -118,7 +118,7 @@ def test_less_work_and_memory_than_full_training():
         flops = costs["flops"]
         state = abstract_state(recipe)
         found[name] = flops, num_bytes(state.params) + num_bytes(state.opt_state)
-        plan = make_plan(recipe, state, (16, 12), None, {})
+        plan = make_plan(recipe, state, (16, 12), Cost(), {}, jax.devices())
         assert plan.num_frozen + plan.num_trained == P.count(model) + (name != "full") * P.count(
             adapters.split(state.params)[1]
         )

@@ -1,0 +1,105 @@
+"""Plans for chips that are not there: the arithmetic, refusals, and TPU's own compiler."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from lm.cli import main
+from lm.train.ahead import plan_ahead
+from lm.train.plan import Cost, Plan, chip_of, make_plan
+from lm.train.state import Recipe, abstract_state
+from tests.train.toy import toy_experiment
+
+
+def chips(kind: str, count: int) -> Sequence[SimpleNamespace]:
+    return [SimpleNamespace(device_kind=kind, platform="tpu")] * count
+
+
+def plan_of(cost: Cost, kind: str = "TPU v4", count: int = 2) -> Plan:
+    recipe: Recipe = toy_experiment().recipe()
+    return make_plan(recipe, abstract_state(recipe), (4, 12), cost, {}, chips(kind, count))
+
+
+def test_the_roofline_is_the_longer_of_products_and_traffic():
+    """Of two v4 chips, 275 TFLOP/s and 1,228 GB/s each by the data sheet."""
+    cost = Cost(temporary_bytes=10**9, argument_bytes=1_228_000, output_bytes=614_000)
+    plan = plan_of(cost)
+    assert plan.roofline == pytest.approx((plan.flops_per_step / 550e12, 1.5e-6), rel=1e-12)
+    text = plan.bounds()
+    assert (
+        text["roofline"].startswith("1.5e-06 s a step")
+        and "32,000,000 tokens/s" in text["roofline"]
+    )
+    assert text["fits"] == "1.00 GB of 32.00 GB per device"
+    full = Cost(temporary_bytes=32 * 10**9, argument_bytes=10**6, output_bytes=10**6)
+    assert plan_of(full).bounds()["DOES NOT FIT"] == "32.00 GB of 32.00 GB per device"
+
+
+def test_nothing_is_said_of_what_is_not_known():
+    assert plan_of(Cost()).roofline is None and plan_of(Cost()).bounds() == {}
+    assert chip_of(jax.devices()[0]) == ("", None)
+    assert chip_of(chips("TPU v5 lite", 1)[0])[0] == "TPU v5 lite"
+    assert chip_of(chips("TPU v5", 1)[0])[0] == "TPU v5"
+
+
+def test_refusals(monkeypatch, capsys):
+    assert main(["plan", "headlines"]) == 2
+    assert "--topology names the slice" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'lm\[plan\]'"):
+        plan_ahead(toy_experiment(), "v5e:2x2")
+
+
+COMPILE = """
+import dataclasses
+from lm.core.mesh import MeshShape
+from lm.models.families.llama import llama
+from lm.models.params import count
+from lm.train.ahead import plan_ahead
+from tests.train.toy import toy_experiment
+
+model = llama(
+    vocab_size=256, num_features=512, num_heads=4, num_kv_heads=2, num_layers=2, mlp_features=512
+)
+toy = toy_experiment()
+experiment = dataclasses.replace(
+    toy, model=model, mesh=MeshShape(data=1, fsdp=4),
+    train=dataclasses.replace(toy.train, batch_size=8, dtype="bfloat16"),
+)
+plan = plan_ahead(experiment, "v5e:2x2")
+print(count(model), plan.num_trained, plan.cost.argument_bytes, plan.cost.output_bytes)
+print(plan)
+for topology, changes in (("v5e:1x3", {}), ("v5e:2x4", {})):
+    try:
+        plan_ahead(dataclasses.replace(experiment, **changes), topology)
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_for_chips_that_are_not_there():
+    """What goes into each of four chips is a quarter of all parameters and both their moments."""
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs: pip install libtpu")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *lines = done.stdout.splitlines()
+    parameters, trained, read, written = map(int, first.split())
+    assert parameters == trained
+    # Buffers are padded to tiles, and norms to more than they are.
+    assert 3 * 4 * parameters / 4 <= read <= 1.15 * 3 * 4 * parameters / 4
+    assert 3 * 4 * parameters / 4 <= written <= 1.15 * 3 * 4 * parameters / 4
+    text = "\n".join(lines)
+    assert "4 x TPU v5 lite, compiled ahead of time, mesh: fsdp 4" in text
+    assert "roofline" in text and "per device" in text
+    assert "refused: 'v5e:1x3' is no TPU topology" in text
+    assert "refused: the mesh (fsdp=4) does not divide 8 devices" in text
