@@ -21,7 +21,8 @@ def apply_overrides(config: Any, arguments: Sequence[str]) -> Any:
 
     Dashes in names stand for underscores. 'none', 'true' and 'false' are what they say; a tuple is
     written '1,2'. A field that holds an object takes the name of another class of its module,
-    which keeps what was set in the fields that both have: `--optimizer Muon`.
+    which keeps what was set in the fields that both have (`--optimizer Muon`), or several of its
+    fields at once, the others staying as they are (`--mesh fsdp=4,tensor=2`).
 
     Raises:
       ValueError: naming an unknown field and the nearest right one, a value of another type and
@@ -61,6 +62,11 @@ def set_field(config: Any, path: str, text: str) -> Any:
         new = set_field(old, deeper, text)
     elif dataclasses.is_dataclass(old) and text.isidentifier() and text.lower() != "none":
         new = as_class(old, find_class(f"{type(old).__module__}.{text}"))
+    elif dataclasses.is_dataclass(old) and "=" in text:
+        new = old
+        for pair in text.split(","):
+            field, _, value = pair.partition("=")
+            new = set_field(new, field.strip().replace("-", "_"), value.strip())
     else:
         new = parse(text, typing.get_type_hints(kind)[name], name)
     given = {field: getattr(config, field) for field in fields}

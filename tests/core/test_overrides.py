@@ -58,6 +58,8 @@ def test_sets_fields_of_every_type():
         (["--train.steps", "1.5"], "takes int"),
         (["--train.steps", "true"], "takes int"),
         (["--train.mode", "fast"], "jit.*pmap"),
+        (["--train", "steps=1,rat=2"], "field of Train called 'rat': did you mean 'rate'"),
+        (["--train", "steps=1,2"], "field of Train called '2'"),
         (["--train.sizes", "1,x"], "takes tuple"),
         (["--train.steps"], "needs a value"),
         (["--train.steps", "--run-dir"], "needs a value"),
@@ -69,6 +71,13 @@ def test_sets_fields_of_every_type():
 def test_names_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         apply_overrides(CONFIG, arguments)
+
+
+def test_several_fields_of_an_object_at_once():
+    new = apply_overrides(CONFIG, ["--train", "steps=3, rate=2,limit=none,mode=pmap"])
+    assert new.train == Train(3, 2.0, True, None, (1,), "pmap")
+    again = apply_overrides(new, ["--train=steps=4"])
+    assert again.train == dataclasses.replace(new.train, steps=4)
 
 
 def test_another_class_keeps_the_fields_that_both_have():
