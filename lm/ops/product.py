@@ -47,7 +47,8 @@ def _is_few_rows_by_a_table(of_a: str, of_b: str, of_out: str, a: Array, b: Arra
     """
     is_table = len(of_b) == 2 and of_b[-1] == of_a[-1] and of_out == of_a[:-1] + of_b[0]
     rows = math.prod(a.shape[:-1])
-    is_fast = a.dtype == jnp.float32 and 1 < rows <= FEW_ROWS
+    # In a program that is exported for any number of rows, that number is no integer.
+    is_fast = a.dtype == jnp.float32 and isinstance(rows, int) and 1 < rows <= FEW_ROWS
     return is_table and is_fast and target_platform() == "cpu"
 
 

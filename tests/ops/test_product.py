@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,18 @@ def test_equals_einsum_in_both_directions(name):
         for leaf, wanted in zip(found, expected):
             error = np.abs(np.asarray(leaf, np.float64) - wanted).max()
             assert error <= tolerance * np.abs(wanted).max()
+
+
+def test_a_number_of_rows_may_be_left_open():
+    table = jnp.asarray(draw((13, 8), 0), jnp.float32)
+    (rows,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((rows, 1, 8), jnp.float32)
+    program = jax.export.export(jax.jit(lambda x: product("abi,oi->abo", x, table)))(x)
+    for count in (1, 3):
+        x = draw((count, 1, 8), count)
+        expected = np.einsum("abi,oi->abo", x, table)
+        found = program.call(jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.perf
