@@ -4,8 +4,8 @@
     lm train experiments/smollm2_lora.py --trainable full --run-dir runs/smollm2_full \
         --optimizer.learning-rate.peak 5e-5
 
-Measured on 2026-11-21 and 22 on two cores of an AMD EPYC (Zen 4), jax 0.10.1; other processes shared
-them, but for full finetuning in the first table.
+Measured on 2026-11-21 and 22 on two cores of an AMD EPYC (Zen 4), jax 0.10.1; but for full
+finetuning in the first table, other processes shared them.
 Loss is nats per token of the replies in the validation split; computing is CPU time of the whole
 command, with loading, compiling, two validations and the replies at the end.
 
