@@ -4,6 +4,7 @@ A `Reader` is how the model meets a new token: `CACHED` continues its decoding s
 reads the whole row again. The two draw the same tokens.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,8 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.core import Tracer
 
 from lm.core.context import Context
+from lm.core.mesh import target_platform
+from lm.models.kernels import turn
 from lm.models.stack import apart
 from lm.ops.sampling import Sampling, sample
 
@@ -180,12 +184,48 @@ def _undrawn(
     )
 
 
-def lay_apart(params):
-    """Returns parameters as the loop has them, for many calls: each would make them so by itself.
+class _Apart(NamedTuple):
+    """Parameters as the loop has them, and weak references to the arrays they were made of."""
 
-    On a CPU it is a copy of the stacked ones.
+    key: tuple
+    made_of: list[weakref.ref]
+    params: Any
+
+
+_latest: list[_Apart] = []
+
+
+def lay_apart(model, params, dtype: str = "float32"):
+    """Returns parameters as the loop has them: on a CPU with a layer's apart, and kernels turned.
+
+    There it is a copy, made once for many calls: the newest one is kept until the first of the
+    arrays that it was made of is gone.
+
+    Args:
+      model: a model value.
+      params: its parameters.
+      dtype: the compute dtype.
     """
-    return jax.jit(apart)(params) if jax.default_backend() == "cpu" else params
+    if target_platform() != "cpu":
+        return params
+    leaves = jax.tree.leaves(params)
+    key = (model, dtype, jax.tree.structure(params))
+    if _latest and _latest[0].key == key:
+        known = _latest[0].made_of
+        if len(known) == len(leaves) and all(ref() is leaf for ref, leaf in zip(known, leaves)):
+            return _latest[0].params
+    _latest.clear()
+    made = _lay_apart(model, params, dtype == "float32")
+    # What a caller may change in place, or is only traced, is not remembered.
+    if all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
+        refs = [weakref.ref(leaf, lambda _: _latest.clear()) for leaf in leaves]
+        _latest.append(_Apart(key, refs, made))
+    return made
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _lay_apart(model, params, turns: bool):
+    return apart(turn(model, params) if turns else params)
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))

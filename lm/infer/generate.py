@@ -155,7 +155,7 @@ def generate_tokens(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    draw = partial(finish, model, params, ctx=call.ctx, reader=call.reader, room=call.room)
+    draw = partial(finish, model, call.params, ctx=call.ctx, reader=call.reader, room=call.room)
     if report is not None:
         jax.block_until_ready(decoding.last_B)
         first_token = time.perf_counter() - began
@@ -184,12 +184,11 @@ def stream_tokens(
     if options.get("source") is not None:
         options["source"] = [options["source"]]
     decoding, call = _begin(model, params, [prompt], max_new_tokens=max_new_tokens, **options)
-    apart = lay_apart(params)
     for index in range(max_new_tokens):
         # The next token is under way before this one is read, so that the device never waits.
         token, finished = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
         if index + 1 < max_new_tokens:
-            decoding = step(model, apart, decoding, call.ctx, call.reader)
+            decoding = step(model, call.params, decoding, call.ctx, call.reader)
         yield int(token[0])
         if finished[0]:
             return
@@ -216,14 +215,13 @@ def generate_until(
       options: those of `generate_tokens`.
     """
     decoding, call = _begin(model, params, prompts, max_new_tokens=max_new_tokens, **options)
-    apart = lay_apart(params)
     rows: list[list[int]] = [[] for _ in range(call.count)]
     unfinished = set(range(call.count))
     for index in range(max_new_tokens):
         # The next tokens are under way before these are read.
         tokens_B, finished_B = jnp.copy(decoding.last_B), jnp.copy(decoding.finished_B)
         if index + 1 < max_new_tokens:
-            decoding = step(model, apart, decoding, call.ctx, call.reader)
+            decoding = step(model, call.params, decoding, call.ctx, call.reader)
         tokens_B, finished_B = jax.device_get((tokens_B, finished_B))
         for row in sorted(unfinished):
             rows[row].append(int(tokens_B[row]))
@@ -318,6 +316,7 @@ def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
 
 
 class _Call(NamedTuple):
+    params: Any
     ctx: Context
     reader: Reader
     room: int
@@ -364,6 +363,7 @@ def _begin(
     check_cache_dtype(cache_dtype)
     ctx = Context(dtype=dtype, cache_length=slots, cache_dtype=cache_dtype, adapter_B=adapter_B)
     reader = CACHED if cache else RECOMPUTE
+    params = lay_apart(model, params, dtype)
     decoding = start(
         model,
         params,
@@ -375,7 +375,7 @@ def _begin(
         ctx,
         reader,
     )
-    return decoding, _Call(ctx, reader, room, len(rows))
+    return decoding, _Call(params, ctx, reader, room, len(rows))
 
 
 def _with_start(model: Any, prompts: Rows | None, source: Rows | None) -> Rows:

@@ -114,7 +114,7 @@ class Batcher:
         for name, number in {**numbers, "chunk": chunk}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}")
-        self.model, self.params = model, lay_apart(params)
+        self.model, self.params = model, lay_apart(model, params, dtype)
         self.prompt_length, self.max_new_tokens = prompt_length, max_new_tokens
         self.room = chunk + 1
         most = bucket(prompt_length, least=16)

@@ -20,6 +20,8 @@ from lm.ops.sums import spread
 
 Array = jax.Array
 
+# A kernel's leaf that stands in its place with outputs first, (O, I) (`lm.models.kernels.turn`).
+TURNED = "kernel_turned"
 # What remat may keep of a layer (`lm.models.stack`), in the compute dtype.
 PRODUCT = "product"
 
@@ -35,24 +37,37 @@ def contract(x: Array, kernel: Array, num_in: int = 1) -> Array:
     # One row of fp32 on a CPU is for `_one_row`, where the kernel is reshaped.
     alone = x.dtype == jnp.float32 and kernel.ndim > 2 and flat.size == len(matrix)
     if alone and target_platform() == "cpu":
-        y = _one_row(flat, matrix)
+        y = _one_row("...i,io->...o", flat, matrix)
     else:
         rows = "abcdefgh"[: flat.ndim - 1]
         y = product(f"{rows}i,io->{rows}o", flat, matrix).astype(x.dtype)
     return y.reshape(*y.shape[:-1], *kernel.shape[num_in:])
 
 
-def _one_row(x: Array, matrix: Array) -> Array:
-    """x @ matrix for a single row, where the matrix is a reshaped kernel.
+def contract_turned(x: Array, turned: Array, num_in: int, features: tuple[int, ...]) -> Array:
+    """Returns what `contract` does, by a kernel that is turned; `features` are its outputs."""
+    flat = x.reshape(*x.shape[: x.ndim - num_in], turned.shape[1])
+    rows = "abcdefgh"[: flat.ndim - 1]
+    alone = x.dtype == jnp.float32 and flat.size == turned.shape[1]
+    if alone and target_platform() == "cpu":
+        y = _one_row("...i,oi->...o", flat, turned)
+    else:
+        y = product(f"{rows}i,oi->{rows}o", flat, turned).astype(x.dtype)
+    return y.reshape(*y.shape[:-1], *features)
+
+
+def _one_row(letters: str, x: Array, matrix: Array) -> Array:
+    """The product of a single row and a matrix that is a reshaped kernel, or a turned one.
 
     XLA's CPU backend would fuse the reshape into the product, and with it the norm before it, and
     compute all of that again for each output: 6 times slower for GPT-2's (768, 12, 64). It fuses
     nothing into a branch, which this one always takes: with NaN in x all outputs are NaN.
     """
     sound = x.reshape(-1)[0] == x.reshape(-1)[0]
-    shape = (*x.shape[:-1], matrix.shape[1])
+    multiply = partial(jnp.einsum, letters)
+    shape = jax.eval_shape(multiply, x, matrix).shape
     return jax.lax.cond(
-        sound, jnp.matmul, lambda x, matrix: jnp.full(shape, jnp.nan, x.dtype), x, matrix
+        sound, multiply, lambda x, matrix: jnp.full(shape, jnp.nan, x.dtype), x, matrix
     )
 
 
@@ -81,7 +96,8 @@ class Projection(Part):
     adapters have a further first dimension, and `ctx.adapter_B` says which row uses which.
 
     A quantized kernel likewise is leaves in its place (`lm.models.quantized` puts them there):
-    codes `kernel_int8`, `kernel_int4` or `kernel_nf4`, and `kernel_scales`.
+    codes `kernel_int8`, `kernel_int4` or `kernel_nf4`, and `kernel_scales`. So does one that is
+    turned for decoding, `kernel_turned`.
 
     Attributes:
       features: output dimensions, such as (num_heads, head_dim).
@@ -109,6 +125,10 @@ class Projection(Part):
             scales = self.get_variable("params", "kernel_scales")
             y = contract_quantized(x, codes, scales, kind, self.num_in)
             kernel = partial(dequantize, codes, scales, kind, self.num_in - 1)
+        elif self.has_variable("params", TURNED):
+            turned = self.get_variable("params", TURNED)
+            y = contract_turned(x, turned.astype(ctx.dtype), self.num_in, self.features)
+            kernel = partial(jnp.reshape, turned.T, shape)
         else:
             plain = self.param(
                 "kernel",

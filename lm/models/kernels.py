@@ -1,13 +1,15 @@
 """The kernels of a model's projections: what can be adapted and quantized."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 
-from lm.core.paths import flatten, matches
-from lm.layers.projection import Projection
+from lm.core.paths import flatten, matches, unflatten
+from lm.layers.projection import TURNED, Projection
 from lm.models import params as P
 
 
@@ -33,6 +35,21 @@ def kernels(model: nn.Module) -> Mapping[str, Sides]:
     with nn.intercept_methods(note):
         axes = flatten(P.logical_axes(model))
     return {path: Sides(len(axes[path]) - sum(found[path]), *found[path]) for path in sorted(found)}
+
+
+def turn(model: nn.Module, params: Mapping[str, Any]) -> dict:
+    """Returns parameters with outputs before inputs, (..., O, I), in place of fp32 kernels.
+
+    So a CPU multiplies few rows with them faster, one row by 5 to 20 %, and eight by up to 30 %.
+    """
+    flat = dict(flatten(params))
+    for path, sides in kernels(model).items():
+        kernel = flat.get(path)
+        if kernel is not None and kernel.dtype == jnp.float32:
+            lead, rest = kernel.shape[: sides.lead], kernel.shape[sides.lead :]
+            matrix = flat.pop(path).reshape(*lead, math.prod(rest[: sides.inputs]), -1)
+            flat[path.removesuffix("kernel") + TURNED] = matrix.swapaxes(-1, -2)
+    return unflatten(flat)
 
 
 def targeted(model: nn.Module, targets: Sequence[str]) -> list[str]:
