@@ -1,8 +1,12 @@
 """What costs time and can be counted, so that noise does not blur it: `pytest -m perf`."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,7 @@ from tests.train.toy import make_batch, toy_experiment
 
 pytestmark = pytest.mark.perf
 LAYERS = 3
+ROOT = Path(__file__).parents[1]
 # q, k, v, out, up, down, and the two products of attention.
 PRODUCTS_OF_A_LAYER = 8
 
@@ -94,6 +99,46 @@ def test_a_run_compiles_its_step_once(tmp_path, caplog):
     assert names["step"] == 1 and names["evaluate_batch"] == 1, names
     # Orbax cuts what lies on several devices before it saves it, in a program for each.
     assert sum(names.values()) - names["slice"] <= 12, names
+
+
+STEPS_AND_MEMORY = """
+import dataclasses, tempfile
+from pathlib import Path
+from lm.core.runtime import prepare
+prepare("cpu")
+import jax
+from lm.models.families.gpt2 import gpt2
+from lm.train.run import Run
+from tests.train.toy import ToyData, toy_experiment
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+model = gpt2(vocab_size=11, max_length=64, num_features=128, num_heads=8, num_layers=4)
+toy = toy_experiment(batch_size=128, micro_batches=1)
+toy = dataclasses.replace(toy, model=model, data=ToyData(length=64))
+run = Run(toy, Path(tempfile.mkdtemp()))
+pending = None
+for _ in range(8):
+    metrics = run.take_step(next(run.batches))
+    if pending is not None:
+        jax.device_get(pending)
+    pending = metrics
+print(peak(), run.plan.cost.temporary_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap is kept on Linux alone")
+def test_the_temporaries_of_steps_take_the_same_place():
+    """All that is ever resident, imports and compiling included, is little more than one step's."""
+    command = [sys.executable, "-c", STEPS_AND_MEMORY]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, temporaries = map(int, done.stdout.split())
+    assert temporaries > 4e8
+    assert peak < 2.2 * temporaries, (peak, temporaries)
 
 
 def lowered(dtype: str, **changes):

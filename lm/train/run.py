@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lm.core.batch import Batch
 from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
-from lm.core.runtime import CHOSEN, cache_events
+from lm.core.runtime import CHOSEN, cache_events, settle_heap
 from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choices
 from lm.train.checkpoint import Checkpoints, as_path
@@ -112,6 +112,7 @@ class Run:
                 )
             params = params() if callable(params) else params
             state = init_state(self.recipe, self.config.seed, self.state_mesh, params)
+            params = None  # Often the last to hold them: they need not lie beside the state.
             self.standing = Standing()
         self.batches = self.data.train(self.config.batch_size, self.config.seed, self.step)
         self.compile(state)
@@ -120,6 +121,7 @@ class Run:
 
         claim_run_dir(run_dir, self.saved_config, self.data.tokenizer)
         self.checkpoints = existing or Checkpoints(where, self.config.keep)
+        settle_heap()
 
     @property
     def state_mesh(self) -> Mesh:
