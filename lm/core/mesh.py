@@ -1,7 +1,7 @@
 """The device mesh, and which of its axes each logical axis of an array lies on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +20,10 @@ RULES = {
     "experts": "expert",
 }
 BATCH_AXES = ("data", "fsdp")
+# A dimension that the mesh does not divide stays whole on every device, if it is a vocabulary
+# (which training pads first), or if there are fewer key and value heads than devices.
+VOCAB, KV_HEADS = "vocab", "kv_heads"
+MLP = "mlp"
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,62 @@ def param_sharding(
     """Returns the sharding of a parameter by its logical axes.
 
     Raises:
-      ValueError: if a dimension does not divide over its mesh axis.
+      ValueError: if a dimension does not divide over its mesh axis, and may not stay whole.
     """
-    spec: list[str | None] = [RULES.get(axis or "") for axis in axes]
-    for size, axis, name in zip(shape, spec, axes):
-        if axis is not None and size % mesh.shape[axis]:
+    return NamedSharding(mesh, PartitionSpec(*_divided(mesh, axes, shape, path)))
+
+
+def _divided(
+    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], path: str
+) -> list[str | tuple[str, ...] | None]:
+    """Returns the mesh axis, or axes, of each dimension; errors as of `param_sharding`."""
+    spec: list[str | tuple[str, ...] | None] = [RULES.get(axis or "") for axis in axes]
+    for dim, (size, axis, name) in enumerate(zip(shape, spec, axes)):
+        if not isinstance(axis, str) or size % mesh.shape[axis] == 0:
+            continue
+        if name != VOCAB and not (name == KV_HEADS and size < mesh.shape[axis]):
             raise ValueError(
-                f"{path} has {size} along {name!r}, which {axis}={mesh.shape[axis]} devices do not "
-                "divide: choose another mesh or another size"
+                f"{path} of shape {tuple(shape)} has {size} along {name!r}, which "
+                f"{axis}={mesh.shape[axis]} devices do not divide: choose another mesh or another "
+                "size"
             )
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        spec[dim] = None
+    # What has no dimension of the residual stream is divided along its inner one, as often as goes.
+    inner = [dim for dim, name in enumerate(axes) if name == MLP and RULES["embed"] not in spec]
+    for dim in inner:
+        both = (RULES[MLP], RULES["embed"])
+        if shape[dim] % math.prod(mesh.shape[axis] for axis in both) == 0:
+            spec[dim] = both
+    return spec
+
+
+def padded_shape(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of a parameter with room in its vocabulary, so that the mesh divides it."""
+    over = mesh.shape[RULES[VOCAB]]
+    return tuple(
+        -(-size // over) * over if axis == VOCAB else size for size, axis in zip(shape, axes)
+    )
+
+
+def kept_whole(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> int | None:
+    """Returns how many key and value heads of a parameter every device holds; None if divided."""
+    over = mesh.shape[RULES[KV_HEADS]]
+    heads = [size for size, axis in zip(shape, axes) if axis == KV_HEADS and size % over]
+    return heads[0] if heads else None
+
+
+def check_all_axes_divide(mesh: Mesh, shardings: Iterable[NamedSharding]) -> None:
+    """Raises a ValueError if an axis of the mesh divides none of these and no rows of a batch."""
+    used = set(BATCH_AXES)
+    for sharding in shardings:
+        for axis in sharding.spec:
+            used.update((axis,) if isinstance(axis, str) else axis or ())
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise ValueError(
+                f"the mesh has {axis}={size}, and nothing in this model is divided by it, so that "
+                f"{size} devices would do the same work: leave {axis} at 1"
+            )
 
 
 def target_platform() -> str:

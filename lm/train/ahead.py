@@ -13,7 +13,7 @@ import jax
 from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
 from lm.ops.attention import choices
 from lm.train.experiment import Experiment
-from lm.train.plan import Cost, Plan, attention_line, make_plan
+from lm.train.plan import Cost, Plan, attention_line, layout_lines, make_plan
 from lm.train.run import check_tokenizer, open_data
 from lm.train.state import abstract_state, state_shardings
 from lm.train.step import check_batch_size, jit_step
@@ -45,7 +45,7 @@ def plan_ahead(experiment: Experiment, topology: str, tokenizer: Any = None) -> 
     data = open_data(experiment.data, Path(), tokenizer)
     check_tokenizer(data.tokenizer, experiment.model.vocab_size)
     first = next(data.train(config.batch_size, config.seed, 0))
-    shapes = abstract_state(recipe)
+    shapes = abstract_state(recipe, mesh)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -71,6 +71,7 @@ def plan_ahead(experiment: Experiment, topology: str, tokenizer: Any = None) -> 
         f"{config.dtype}",
         "attention": attention_line(attention),
         "remat": config.remat,
+        **layout_lines(recipe, mesh, shapes),
     }
     return make_plan(recipe, shapes, flat.shape, cost, lines, devices)
 

@@ -4,18 +4,18 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from lm.core.mesh import target_platform
+from lm.core.mesh import VOCAB, kept_whole, target_platform
 from lm.core.paths import flatten
 from lm.models import quantized
 from lm.ops.attention import Choice
 from lm.train.optimizer import is_matrix
-from lm.train.state import Recipe, TrainState
+from lm.train.state import Recipe, TrainState, axes_of, state_shardings, strip
 
 
 class Chip(NamedTuple):
@@ -158,6 +158,40 @@ def mega(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
+def layout_lines(recipe: Recipe, mesh: Mesh, state: TrainState) -> dict[str, str]:
+    """Returns what the plan of a run says about where its state lies, name -> text.
+
+    Args:
+      recipe, mesh: of the run.
+      state: as it is laid out, of arrays or of shapes.
+    """
+    if mesh.size == 1:
+        return {}
+    axes, leaves = axes_of(recipe.model), flatten(state.params)
+    shardings = state_shardings(recipe, mesh, state)
+    shares = {
+        name: sum(
+            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(where))
+        )
+        for name, tree, where in (
+            ("parameters", state.params, shardings.params),
+            ("optimizer", state.opt_state, shardings.opt_state),
+        )
+    }
+    text = ", ".join(f"{mega(share)} of {name}" for name, share in shares.items())
+    lines = {"memory per device": text}
+    known = {path: (axes[path], leaf.shape) for path, leaf in leaves.items() if path in axes}
+    for spec, shape in known.values():
+        padded = [size for size, axis in zip(shape, spec) if axis == VOCAB]
+        size = recipe.model.vocab_size  # pyright: ignore
+        if padded and padded[0] > size:
+            lines["vocabulary"] = f"{size:,} padded to {padded[0]:,}, which the mesh divides"
+        if (heads := kept_whole(mesh, spec, shape)) is not None:
+            lines["key and value heads"] = f"all {heads} on every device, being fewer than tensor"
+    return lines
+
+
 def attention_line(choices: Sequence[Choice]) -> str:
     """Returns which backends compute the attention of a step, and why not a better one."""
     lines = [
@@ -186,7 +220,10 @@ def make_plan(
       devices: that it is compiled for.
     """
     # Of a quantized kernel the weights are counted, and not the bytes that hold its codes.
-    shapes = jax.eval_shape(partial(quantized.dequantize, recipe.model), state.params)
+    shapes = jax.eval_shape(
+        lambda params: quantized.dequantize(recipe.model, strip(recipe, params, params)),
+        state.params,
+    )
     trained, frozen = recipe.split(shapes)
     peak, source = peak_flops(devices)
     return Plan(

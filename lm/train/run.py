@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,23 @@ from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choices
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
-from lm.train.plan import Cost, Plan, attention_line, choose_micro_batches, make_plan
+from lm.train.plan import (
+    Cost,
+    Plan,
+    attention_line,
+    choose_micro_batches,
+    layout_lines,
+    make_plan,
+)
 from lm.train.run_dir import check_config, check_run_dir, claim_run_dir, config_of
-from lm.train.state import TrainState, abstract_state, init_state, state_shardings
+from lm.train.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    pad,
+    state_shardings,
+    strip,
+)
 from lm.train.step import (
     check_batch,
     check_batch_size,
@@ -138,15 +153,25 @@ class Run:
     def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, Standing]:
         """Returns the newest state, laid out for this run's mesh, and the standing with it."""
         shapes = abstract_state(self.recipe)
-        shardings = state_shardings(self.recipe, self.state_mesh, shapes)
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
-            shardings,
+            state_shardings(self.recipe, self.state_mesh, shapes),
         )
         meta = checkpoints.meta(self.step)
         check_config(checkpoints.directory, meta.get("config", {}), self.saved_config)
-        return checkpoints.restore(abstract, self.step), Standing(**meta["standing"])
+        saved = checkpoints.restore(abstract, self.step)
+        return self.relay(saved, partial(pad, self.recipe, self.state_mesh)), Standing(
+            **meta["standing"]
+        )
+
+    def relay(self, state: TrainState, change: Callable[[TrainState], TrainState]) -> TrainState:
+        """Returns a changed state on the run's mesh; the one that came is lost if it is another."""
+        shapes = jax.eval_shape(change, state)
+        if jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, state):
+            return state
+        shardings = state_shardings(self.recipe, self.state_mesh, shapes)
+        return jax.jit(change, out_shardings=shardings)(state)
 
     def compile(self, state: TrainState) -> None:
         """Compiles the step for the shape of the batches, which it learns from the first."""
@@ -220,7 +245,15 @@ class Run:
             "data_position": self.step,
             "standing": vars(self.standing),
         }
-        self.checkpoints.save(self.one_state, self.step, meta, validation_loss)
+        state = self.relay(self.one_state, self.stripped)
+        self.checkpoints.save(state, self.step, meta, validation_loss)
+
+    def stripped(self, state: TrainState) -> TrainState:
+        """Returns a state as a checkpoint holds it, the same whatever the mesh."""
+        return state.replace(
+            params=strip(self.recipe, state.params, state.params),
+            opt_state=strip(self.recipe, state.params, state.opt_state),
+        )
 
     def place(self, batch: Batch) -> Batch:
         """Returns this process's rows of a batch on the devices of the mesh."""
@@ -242,6 +275,7 @@ class Run:
             + f", {self.config.dtype}",
             "attention": attention_line(self.attention),
             "remat": self.config.remat,
+            **layout_lines(self.recipe, self.mesh, state),
             **CHOSEN,
             **({"XLA_FLAGS": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
             "step compiled in": self.compiling,

@@ -1,6 +1,6 @@
 """What a train step reads and writes, and where it lives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,7 +13,13 @@ from flax import struct
 from jax.sharding import Mesh
 
 from lm.core.context import Context
-from lm.core.mesh import param_sharding, replicated
+from lm.core.mesh import (
+    VOCAB,
+    check_all_axes_divide,
+    padded_shape,
+    param_sharding,
+    replicated,
+)
 from lm.core.paths import flatten, map_with_path, partition, unflatten
 from lm.models import adapters, quantized
 from lm.models import params as P
@@ -182,6 +188,8 @@ def fresh_params(model: nn.Module, seed: int) -> Params:
 def init_state(recipe: Recipe, seed: int, mesh: Mesh, params: Params | None = None) -> TrainState:
     """Returns the state before the first step, made where it will live.
 
+    Its parameters are the same on every mesh, but for the room in padded vocabularies.
+
     Args:
       recipe: the run's.
       seed: of the initial parameters and of all that is random later.
@@ -192,29 +200,95 @@ def init_state(recipe: Recipe, seed: int, mesh: Mesh, params: Params | None = No
     def make(params: Params | None) -> TrainState:
         init_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
         start = fresh_params(recipe.model, seed) if params is None else params
-        return new_state(recipe, recipe.prepare(start, jax.random.fold_in(init_key, 1)), run_key)
+        state = new_state(recipe, recipe.prepare(start, jax.random.fold_in(init_key, 1)), run_key)
+        return pad(recipe, mesh, state)
 
     shardings = state_shardings(recipe, mesh, jax.eval_shape(make, params))
     return jax.jit(make, out_shardings=shardings)(params)
 
 
-def abstract_state(recipe: Recipe) -> TrainState:
-    """Returns the shapes and dtypes of the state; takes no memory."""
+def abstract_state(recipe: Recipe, mesh: Mesh | None = None) -> TrainState:
+    """Returns the shapes and dtypes of the state; takes no memory.
+
+    Args:
+      recipe: the run's.
+      mesh: that its vocabularies are padded for; None leaves them as they are.
+    """
 
     def make(params: Params) -> TrainState:
         key = jax.random.PRNGKey(0)
-        return new_state(recipe, recipe.prepare(params, key), key)
+        state = new_state(recipe, recipe.prepare(params, key), key)
+        return state if mesh is None else pad(recipe, mesh, state)
 
     return jax.eval_shape(make, P.abstract(recipe.model))
+
+
+def by_parameter(
+    params: Params, tree: Any, function: Callable[[str, Any], Any], otherwise: Any = None
+) -> Any:
+    """Returns a tree with `function(path, leaf)` for each leaf that belongs to a parameter.
+
+    A leaf belongs to the parameter whose path ends its own and whose rank is its own, as the
+    moments of an optimizer do.
+
+    Args:
+      params: all parameters, arrays or shapes.
+      tree: of arrays or shapes.
+      function: of the parameter's path and the leaf.
+      otherwise: a function of any other leaf; None keeps it.
+    """
+    leaves = flatten(params)
+
+    def one(keys, leaf):
+        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        for start in range(len(names)):
+            path = "/".join(names[start:])
+            if path in leaves and len(leaves[path].shape) == len(leaf.shape):
+                return function(path, leaf)
+        return leaf if otherwise is None else otherwise(leaf)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def pad(recipe: Recipe, mesh: Mesh, state: TrainState) -> TrainState:
+    """Returns a state with zeros at the end of vocabularies that the mesh does not divide.
+
+    Nothing reads them (`strip`), so that their gradients, moments and values stay 0.
+    """
+    axes = axes_of(recipe.model)
+
+    def one(path: str, leaf: Any) -> Any:
+        shape = padded_shape(mesh, axes.get(path, ()), leaf.shape) if path in axes else leaf.shape
+        if shape == leaf.shape:
+            return leaf
+        return jnp.pad(leaf, [(0, new - old) for new, old in zip(shape, leaf.shape)])
+
+    return state.replace(
+        params=by_parameter(state.params, state.params, one),
+        opt_state=by_parameter(state.params, state.opt_state, one),
+    )
+
+
+def strip(recipe: Recipe, params: Params, tree: Any) -> Any:
+    """Returns a tree of parameters or moments without what `pad` added, as the model reads them."""
+    axes, size = axes_of(recipe.model), recipe.model.vocab_size  # pyright: ignore
+
+    def one(path: str, leaf: Any) -> Any:
+        if VOCAB not in axes.get(path, ()):
+            return leaf
+        dim = axes[path].index(VOCAB)
+        return leaf if leaf.shape[dim] == size else jax.lax.slice_in_dim(leaf, 0, size, axis=dim)
+
+    return by_parameter(params, tree, one)
 
 
 def state_shardings(recipe: Recipe, mesh: Mesh, state: TrainState) -> TrainState:
     """Returns the sharding of every leaf of a state (of arrays or of shapes).
 
-    Optimizer moments lie as the parameter they belong to, which is the one whose path ends theirs.
+    Optimizer moments lie as the parameter they belong to.
 
     Raises:
-      ValueError: if a parameter does not divide over the mesh.
+      ValueError: if a parameter does not divide over the mesh, or an axis divides nothing.
     """
     axes = axes_of(recipe.model)
     leaves = flatten(state.params)
@@ -223,18 +297,14 @@ def state_shardings(recipe: Recipe, mesh: Mesh, state: TrainState) -> TrainState
         path: param_sharding(mesh, axes[path], leaf.shape, path) if path in axes else everywhere
         for path, leaf in leaves.items()
     }
+    check_all_axes_divide(mesh, shardings.values())
 
-    def moment(keys, leaf):
-        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
-        for start in range(len(names)):
-            path = "/".join(names[start:])
-            if path in leaves and leaves[path].shape == leaf.shape:
-                return shardings[path]
-        return everywhere
+    def moment(path: str, leaf: Any) -> Any:
+        return shardings[path] if leaf.shape == leaves[path].shape else everywhere
 
     return TrainState(
         step=everywhere,
         params=unflatten(shardings),
-        opt_state=jax.tree_util.tree_map_with_path(moment, state.opt_state),
+        opt_state=by_parameter(state.params, state.opt_state, moment, lambda leaf: everywhere),
         rng=everywhere,
     )

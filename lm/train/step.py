@@ -19,7 +19,7 @@ from lm.core.context import Context
 from lm.core.mesh import batch_sharding, replicated
 from lm.core.paths import merge
 from lm.train.objectives import Metrics
-from lm.train.state import Recipe, TrainState, abstract_state, state_shardings
+from lm.train.state import Recipe, TrainState, abstract_state, state_shardings, strip
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 DEVICES = "devices"
@@ -65,6 +65,7 @@ def gradients(
 
 def losses(recipe: Recipe, params: Any, batch: Batch, ctx: Context, key: jax.Array) -> Metrics:
     """Returns the objective's sums: 'loss' and its own metrics."""
+    params = strip(recipe, params, params)
     loss_sum, weight_sum, metrics = recipe.objective(recipe.model, params, batch, ctx, key)
     return {"loss": (loss_sum, weight_sum), **metrics}
 
@@ -147,7 +148,7 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState | None = None) -> Ste
       mesh: its devices.
       state: an example for its shapes, where they are not those of a fresh model.
     """
-    shapes = abstract_state(recipe) if state is None else state
+    shapes = abstract_state(recipe, mesh) if state is None else state
     shardings = state_shardings(recipe, mesh, shapes)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -59,10 +59,13 @@ def test_restores_bit_for_bit(tmp_path, state):
 
 
 @pytest.mark.slow
-def test_restores_to_another_mesh(tmp_path, state):
+@pytest.mark.ledger("D08")
+@pytest.mark.parametrize(
+    "shape", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(data=2, fsdp=4)], ids=str
+)
+def test_restores_to_another_mesh(tmp_path, state, shape):
     """Eight ways of data parallelism come back divided over fsdp and tensor, and step alike."""
     checkpoints = saved(tmp_path / "c", state)
-    shape = MeshShape(data=2, fsdp=2, tensor=2)
     back = checkpoints.restore(abstract(RECIPE, shape), 5)
     jax.tree.map(np.testing.assert_array_equal, back, state)
     kernel = back.params["head"]["kernel"]
@@ -110,6 +113,7 @@ def test_keeps_the_newest_and_the_best(tmp_path, state):
     assert load_params(tmp_path / "c", abstract_state(RECIPE).params)[1] == 10
 
 
+@pytest.mark.ledger("D08")
 def test_a_half_written_checkpoint_is_none(tmp_path, state):
     checkpoints = saved(tmp_path / "c", state)
     checkpoints.close()

@@ -334,8 +334,11 @@ def test_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="does not divide 8 devices"):
         make_mesh(MeshShape(data=2, tensor=2))
     recipe = recipe_of()
-    with pytest.raises(ValueError, match=r"has 11 along 'vocab', which tensor=2 devices do not"):
-        init_state(recipe, 0, make_mesh(MeshShape(tensor=2)))
+    words = r"out/kernel of shape \(2, 2, 8, 16\) has 2 along 'heads', which tensor=4 devices"
+    with pytest.raises(ValueError, match=words):
+        init_state(recipe, 0, make_mesh(MeshShape(tensor=4)))
+    with pytest.raises(ValueError, match="the mesh has expert=2, and nothing in this model is"):
+        init_state(recipe, 0, make_mesh(MeshShape(expert=2)))
 
 
 def test_random_objectives_and_dropout_draw_by_step():

@@ -1,0 +1,67 @@
+"""Tensor parallelism as Megatron-LM has it: what is sent, and what each device holds."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lm.core.context import Context
+from lm.core.mesh import MeshShape, batch_sharding, make_mesh
+from lm.core.paths import flatten
+from lm.models.families.gpt2 import gpt2
+from lm.models.families.llama import llama
+from lm.train.objectives import Generative
+from lm.train.optimizer import AdamW
+from lm.train.schedule import Constant
+from lm.train.state import Recipe, abstract_state, state_shardings, strip
+
+SENDING = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def recipe_of(family: str, layers: int) -> Recipe:
+    if family == "gpt2":
+        model = gpt2(64, 32, num_features=64, num_heads=8, num_layers=layers)
+    else:
+        model = llama(64, 32, num_features=64, num_heads=8, num_layers=layers, mlp_features=96)
+    return Recipe(model, Generative(), AdamW(Constant(1e-3)))
+
+
+def sent(recipe: Recipe, tensor: int, layers: int) -> dict[str, int]:
+    """Counts the collectives of a forward pass by kind, its layers unrolled."""
+    mesh = make_mesh(MeshShape(tensor=tensor))
+    state = abstract_state(recipe, mesh)
+    ctx = Context(unroll=layers)
+
+    def forward(params, tokens_BT):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return recipe.model.apply({"params": strip(recipe, params, params)}, tokens_BT, ctx)[0]
+
+    shardings = state_shardings(recipe, mesh, state).params
+    tokens_BT = jax.ShapeDtypeStruct((8, 32), jnp.int32)
+    compiled = jax.jit(forward, in_shardings=(shardings, batch_sharding(mesh)))
+    text = compiled.lower(state.params, tokens_BT).compile().as_text()
+    return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in SENDING}
+
+
+@pytest.mark.parametrize("tensor", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_block_sends_two_sums(family, tensor):
+    """One after attention and one after the MLP, forwards (Shoeybi et al., 2019)."""
+    two, four = (sent(recipe_of(family, layers), tensor, layers) for layers in (2, 4))
+    more = {kind: four[kind] - two[kind] for kind in SENDING}
+    assert more == {**dict.fromkeys(SENDING, 0), "all-reduce": 2 * 2}
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_a_device_holds_its_share_of_a_block(tensor):
+    """Of every kernel exactly 1/n."""
+    mesh = make_mesh(MeshShape(tensor=tensor))
+    recipe = recipe_of("gpt2", 2)
+    state = abstract_state(recipe, mesh)
+    shardings = flatten(state_shardings(recipe, mesh, state).params)
+    kernels = {p: leaf for p, leaf in flatten(state.params).items() if p.endswith("kernel")}
+    assert len(kernels) == 6
+    for path, leaf in kernels.items():
+        share = jnp.prod(jnp.asarray(shardings[path].shard_shape(leaf.shape)))
+        assert share * tensor == leaf.size, path
