@@ -10,8 +10,11 @@ import jax.extend.backend
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Logical axis of a parameter's dimension -> mesh axis; what is not named is on every device.
-RULES = {
+MeshAxes = str | tuple[str, ...] | None
+
+# Logical axis of a parameter's dimension -> mesh axis or axes; what is not named is on every
+# device.
+RULES: dict[str, MeshAxes] = {
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -23,7 +26,8 @@ BATCH_AXES = ("data", "fsdp")
 # A dimension that the mesh does not divide stays whole on every device, if it is a vocabulary
 # (which training pads first), or if there are fewer key and value heads than devices.
 VOCAB, KV_HEADS = "vocab", "kv_heads"
-MLP = "mlp"
+# What has no dimension of the residual stream is divided along its inner one by fsdp, too.
+INNER = ("mlp", ("tensor", "fsdp"))
 
 
 @dataclass(frozen=True)
@@ -95,31 +99,40 @@ def param_sharding(
 
 def _divided(
     mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], path: str
-) -> list[str | tuple[str, ...] | None]:
-    """Returns the mesh axis, or axes, of each dimension; errors as of `param_sharding`."""
-    spec: list[str | tuple[str, ...] | None] = [RULES.get(axis or "") for axis in axes]
-    for dim, (size, axis, name) in enumerate(zip(shape, spec, axes)):
-        if not isinstance(axis, str) or size % mesh.shape[axis] == 0:
+) -> list[MeshAxes]:
+    """Returns the mesh axes of each dimension; errors as of `param_sharding`."""
+    spec = [RULES.get(axis or "") for axis in axes]
+    for dim, (size, name) in enumerate(zip(shape, axes)):
+        parts = num_parts(mesh, spec[dim])
+        if size % parts == 0:
             continue
-        if name != VOCAB and not (name == KV_HEADS and size < mesh.shape[axis]):
+        if name != VOCAB and not (name == KV_HEADS and size < parts):
+            sizes = [f"{axis}={mesh.shape[axis]}" for axis in _names(spec[dim])]
             raise ValueError(
                 f"{path} of shape {tuple(shape)} has {size} along {name!r}, which "
-                f"{axis}={mesh.shape[axis]} devices do not divide: choose another mesh or another "
-                "size"
+                f"{' x '.join(sizes)} devices do not divide: choose another mesh or another size"
             )
         spec[dim] = None
-    # What has no dimension of the residual stream is divided along its inner one, as often as goes.
-    inner = [dim for dim, name in enumerate(axes) if name == MLP and RULES["embed"] not in spec]
-    for dim in inner:
-        both = (RULES[MLP], RULES["embed"])
-        if shape[dim] % math.prod(mesh.shape[axis] for axis in both) == 0:
+    inner, both = INNER
+    if inner in axes and RULES["embed"] not in spec:
+        dim = list(axes).index(inner)
+        if shape[dim] % num_parts(mesh, both) == 0:
             spec[dim] = both
     return spec
 
 
+def _names(on: MeshAxes) -> tuple[str, ...]:
+    return (on,) if isinstance(on, str) else on or ()
+
+
+def num_parts(mesh: Mesh, on: MeshAxes) -> int:
+    """Returns into how many parts mesh axes divide a dimension."""
+    return math.prod(mesh.shape[axis] for axis in _names(on))
+
+
 def padded_shape(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> tuple[int, ...]:
     """Returns the shape of a parameter with room in its vocabulary, so that the mesh divides it."""
-    over = mesh.shape[RULES[VOCAB]]
+    over = num_parts(mesh, RULES[VOCAB])
     return tuple(
         -(-size // over) * over if axis == VOCAB else size for size, axis in zip(shape, axes)
     )
@@ -127,7 +140,7 @@ def padded_shape(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -
 
 def kept_whole(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> int | None:
     """Returns how many key and value heads of a parameter every device holds; None if divided."""
-    over = mesh.shape[RULES[KV_HEADS]]
+    over = num_parts(mesh, RULES[KV_HEADS])
     heads = [size for size, axis in zip(shape, axes) if axis == KV_HEADS and size % over]
     return heads[0] if heads else None
 
@@ -137,7 +150,7 @@ def check_all_axes_divide(mesh: Mesh, shardings: Iterable[NamedSharding]) -> Non
     used = set(BATCH_AXES)
     for sharding in shardings:
         for axis in sharding.spec:
-            used.update((axis,) if isinstance(axis, str) else axis or ())
+            used.update(_names(axis))
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
             raise ValueError(
