@@ -20,6 +20,7 @@ RULES = {
     "experts": "expert",
 }
 BATCH_AXES = ("data", "fsdp")
+PLACES_AXIS = "sequence"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
 
 
+def places_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what has a row's places after its rows, (B, T, ...)."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, PLACES_AXIS))
+
+
 def num_batch_shards(mesh: Mesh) -> int:
     """Returns over how many devices the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -94,6 +100,39 @@ def param_sharding(
                 "divide: choose another mesh or another size"
             )
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def automatic_axes() -> dict[str, int]:
+    """Returns the axes over which a compiler divides what is traced, name -> number of devices.
+
+    There are none where no mesh is set, and a `jax.shard_map` takes its own away.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
+def check_places(length: int, devices: int) -> None:
+    """Raises a ValueError if a row's places do not divide over the devices that share them."""
+    if length % devices:
+        raise ValueError(
+            f"rows of {length} places do not divide over the mesh's {PLACES_AXIS}={devices}: "
+            f"choose a length that is a multiple of {devices}, or another mesh"
+        )
+
+
+def lay_places(x_BT: jax.Array) -> jax.Array:
+    """Lays the rows and places of an activation out as the batch's, where a mesh divides places.
+
+    Args:
+      x_BT: (B, T, ...).
+    """
+    axes = automatic_axes()
+    if axes.get(PLACES_AXIS, 1) == 1:
+        return x_BT
+    check_places(x_BT.shape[1], axes[PLACES_AXIS])
+    rows = tuple(axis for axis in BATCH_AXES if axis in axes)
+    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows, PLACES_AXIS))
 
 
 def target_platform() -> str:
