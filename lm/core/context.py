@@ -30,6 +30,8 @@ class Context:
       cache_length: number of slots of decoding state that a call without a state creates; None
         creates none.
       attention: its backend, 'auto' or a name in `lm.ops.attention.BACKENDS`.
+      context_parallel: how it reaches keys on other devices, where a mesh divides the places of a
+        row; in `lm.ops.attention.CONTEXT_PARALLEL`.
       remat: what the backward pass recomputes in each repeat of the stack: 'none', 'dots' (all
         but the products of projections), 'full', or 'offload' (as 'dots', with those products kept
         in the host's memory).
@@ -55,6 +57,7 @@ class Context:
     cache_length: int | None = struct.field(pytree_node=False, default=None)
     cache_dtype: str | None = struct.field(pytree_node=False, default=None)
     attention: str = struct.field(pytree_node=False, default="auto")
+    context_parallel: str = struct.field(pytree_node=False, default="ulysses")
     remat: str = struct.field(pytree_node=False, default="none")
     unroll: int | None = struct.field(pytree_node=False, default=None)
 

@@ -23,6 +23,7 @@ RULES: dict[str, MeshAxes] = {
     "experts": "expert",
 }
 BATCH_AXES = ("data", "fsdp")
+PLACES_AXIS = "sequence"
 # A dimension that the mesh does not divide stays whole on every device, if it is a vocabulary
 # (which training pads first), or if there are fewer key and value heads than devices.
 VOCAB, KV_HEADS = "vocab", "kv_heads"
@@ -79,6 +80,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Returns the sharding of a batch's rows, which come after `leading` other dimensions."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
+
+
+def places_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what has a row's places after its rows, (B, T, ...)."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, PLACES_AXIS))
 
 
 def num_batch_shards(mesh: Mesh) -> int:
@@ -147,7 +153,7 @@ def kept_whole(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> 
 
 def check_all_axes_divide(mesh: Mesh, shardings: Iterable[NamedSharding]) -> None:
     """Raises a ValueError if an axis of the mesh divides none of these and no rows of a batch."""
-    used = set(BATCH_AXES)
+    used = {*BATCH_AXES, PLACES_AXIS}
     for sharding in shardings:
         for axis in sharding.spec:
             used.update(_names(axis))
@@ -157,6 +163,39 @@ def check_all_axes_divide(mesh: Mesh, shardings: Iterable[NamedSharding]) -> Non
                 f"the mesh has {axis}={size}, and nothing in this model is divided by it, so that "
                 f"{size} devices would do the same work: leave {axis} at 1"
             )
+
+
+def automatic_axes() -> dict[str, int]:
+    """Returns the axes over which a compiler divides what is traced, name -> number of devices.
+
+    There are none where no mesh is set, and a `jax.shard_map` takes its own away.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
+def check_places(length: int, devices: int) -> None:
+    """Raises a ValueError if a row's places do not divide over the devices that share them."""
+    if length % devices:
+        raise ValueError(
+            f"rows of {length} places do not divide over the mesh's {PLACES_AXIS}={devices}: "
+            f"choose a length that is a multiple of {devices}, or another mesh"
+        )
+
+
+def lay_places(x_BT: jax.Array) -> jax.Array:
+    """Lays the rows and places of an activation out as the batch's, where a mesh divides places.
+
+    Args:
+      x_BT: (B, T, ...).
+    """
+    axes = automatic_axes()
+    if axes.get(PLACES_AXIS, 1) == 1:
+        return x_BT
+    check_places(x_BT.shape[1], axes[PLACES_AXIS])
+    rows = tuple(axis for axis in BATCH_AXES if axis in axes)
+    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows, PLACES_AXIS))
 
 
 def target_platform() -> str:

@@ -70,7 +70,7 @@ class Attention(Part):
             causal=bool(ctx.causal),
             window=self.window,
         )
-        options = dict(bias_NTS=keys.of(ctx.bias_NTS), scale=self.scale, backend=ctx.attention)
+        options = dict(bias_NTS=keys.of(ctx.bias_NTS), scale=self.scale, **way(ctx))
         out_BTNH = attend(q_BTNH, keys.k_BSKH, keys.v_BSKH, mask, **options)
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
 
@@ -125,9 +125,13 @@ class CrossAttention(Attention):
             segments_BT=ctx.segments_BT,
             segments_BS=ctx.source_segments_BS,
         )
-        options = dict(scale=self.scale, backend=ctx.attention)
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, scale=self.scale, **way(ctx))
         return self.project_out(out_BTNH, x_BTD.shape[-1], ctx), state
+
+
+def way(ctx: Context) -> dict[str, str]:
+    """Returns the options of `attend` that say how it is computed."""
+    return dict(backend=ctx.attention, context_parallel=ctx.context_parallel)
 
 
 def indices(ctx: Context, length: int) -> Array | np.ndarray:

@@ -48,6 +48,7 @@ class EncoderDecoder(Model):
             adapter_dropout=ctx.adapter_dropout,
             dtype=ctx.dtype,
             attention=ctx.attention,
+            context_parallel=ctx.context_parallel,
             remat=ctx.remat,
             unroll=ctx.unroll,
         )

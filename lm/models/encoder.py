@@ -51,6 +51,8 @@ class TwoTower(Part):
             deterministic=ctx.deterministic,
             adapter_dropout=ctx.adapter_dropout,
             dtype=ctx.dtype,
+            attention=ctx.attention,
+            context_parallel=ctx.context_parallel,
         )
         left_BD = self.left.pooled(tokens_BT, ctx)
         right_BD = self.right.pooled(ctx.source_BS, right)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from lm.core.context import Context
-from lm.core.mesh import target_platform
+from lm.core.mesh import lay_places, target_platform
 from lm.core.part import Part
 from lm.layers.attention import indices
 from lm.layers.cache import places
@@ -80,6 +80,7 @@ class Stack(Part):
         """Returns (B, T, D) and the new decoding state {'prefix', 'pattern', 'suffix'} or None."""
         if self.entry is not None:
             x_BTD = self.entry(x_BTD, ctx)
+        x_BTD = lay_places(x_BTD)
         if self.bias is not None:
             index_T = indices(ctx, x_BTD.shape[1])
             index_S = index_T
@@ -101,7 +102,8 @@ class Stack(Part):
             return self.one_by_one(params, x_BTD, ctx, state)
 
         def step(pattern, x_BTD, state):
-            return pattern(x_BTD, ctx, state)
+            x_BTD, state = pattern(x_BTD, ctx, state)
+            return lay_places(x_BTD), state
 
         unroll = ctx.unroll
         if unroll is None:

@@ -14,8 +14,11 @@ from lm.ops.cudnn import cudnn_attend
 from lm.ops.flash import flash_attend
 from lm.ops.mask import Mask
 from lm.ops.product import product
+from lm.ops.ring import ring_attend
+from lm.ops.sequence import lay_out
 from lm.ops.softcap import soft_cap
 from lm.ops.splash import splash_attend
+from lm.ops.ulysses import ulysses_attend
 
 Array = jax.Array
 
@@ -31,12 +34,16 @@ def attend(
     softcap: float | None = None,
     sink_N: Array | None = None,
     backend: str = "auto",
+    context_parallel: str = "ulysses",
 ) -> Array:
     """Returns softmax(scale * q k^T + bias) v over the keys that the mask allows.
 
     N query heads share K key heads in groups of N / K (grouped-query attention, Ainslie et al.,
     2023); the keys are never repeated. Scores and softmax are fp32 whatever the inputs. A query
     that may see no key gets zeros.
+
+    Under a mesh (`jax.sharding.use_abstract_mesh`) that divides the places of a row over devices,
+    `context_parallel` says how each gets to the keys of the others.
 
     Args:
       q_BTNH: queries.
@@ -49,17 +56,42 @@ def attend(
       sink_N: a score of each head for no key at all, which takes weight and gives nothing (Xiao et
         al., 2024), or None.
       backend: a name in `BACKENDS`, or 'auto' for the one that `choose` chooses.
+      context_parallel: 'ulysses', by the backend on whole rows of some heads (`lm.ops.ulysses`), or
+        'ring', the keys in turn (`lm.ops.ring`); in `CONTEXT_PARALLEL`.
 
     Returns:
       (B, T, N, H) in the dtype of `v_BSKH`.
 
     Raises:
-      ValueError: for another backend, or one that cannot compute this.
+      ValueError: for another backend, or one that cannot compute this; or where the mesh does not
+        divide this.
     """
+    operands = q_BTNH, k_BSKH, v_BSKH, mask
     options = dict(bias_NTS=bias_NTS, scale=scale, softcap=softcap, sink_N=sink_N)
+    if (layout := lay_out()) is None:
+        return _attend(backend, "", *operands, **options)
+    layout.check(q_BTNH, k_BSKH, mask)
+    if context_parallel == "ulysses":
+        whole_rows = partial(_attend, backend, f", ulysses over {layout.devices} devices")
+        return ulysses_attend(layout, whole_rows, *operands, **options)
+    if context_parallel != "ring":
+        names = ", ".join(CONTEXT_PARALLEL)
+        raise ValueError(f"context_parallel is one of {names}, not {context_parallel!r}")
+    if backend != "auto":
+        raise ValueError(
+            f"ring attention computes the scores itself, and not by {backend!r}: choose the "
+            "backend 'auto', or context_parallel 'ulysses'"
+        )
+    _note(Choice("ring", f"{describe(mask, **options)}, over {layout.devices} devices"))
+    return ring_attend(layout, *operands, **options)
+
+
+def _attend(
+    backend: str, note: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, **options
+) -> Array:
+    """Returns `attend` of whole rows; `note` follows what the choice says of the call."""
     choice = choose(backend, q_BTNH, k_BSKH, v_BSKH, mask, **options)
-    for choices in _watching:
-        choices.append(choice)
+    _note(choice._replace(what=choice.what + note))
     return BACKENDS[choice.backend].attend(q_BTNH, k_BSKH, v_BSKH, mask, **options)
 
 
@@ -157,6 +189,7 @@ BACKENDS = {
     "cudnn": Backend(cudnn_attend, cudnn.refusal),  # NVIDIA's fused kernels.
     "splash": Backend(splash_attend, splash.refusal),  # A fused kernel for TPUs.
 }
+CONTEXT_PARALLEL = ("ulysses", "ring")
 FLASH_LENGTH = 256
 FUSED = {"gpu": "cudnn", "tpu": "splash"}
 
@@ -165,7 +198,7 @@ class Choice(NamedTuple):
     """Which backend computes a call of `attend`.
 
     Attributes:
-      backend: its name.
+      backend: its name; 'ring' where that takes its place.
       what: the mask and the options of the call, in words.
       instead: what was preferred to it, and why it cannot compute the call; or ''.
     """
@@ -233,6 +266,11 @@ def describe(mask: Mask, **options) -> str:
 
 
 _watching: list[list[Choice]] = []
+
+
+def _note(choice: Choice) -> None:
+    for choices in _watching:
+        choices.append(choice)
 
 
 @contextmanager

@@ -76,45 +76,53 @@ def flash_attend(
 
     Args:
       block: queries, and keys, whose scores are held at a time; (B, N, block, block) fp32 they are.
-        None is 128 on a CPU, where it was the fastest, and 256 elsewhere.
+        None is `default_block`.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    if block is None:
-        block = 128 if target_platform() == "cpu" else 256
-    block = min(block, max(T, S))
-    mask = _padded_mask(mask, -T % block, -S % block)
+    block = min(block or default_block(), max(T, S))
+    mask = pad_mask(mask, -T % block, -S % block)
     pairs = pairs_of(mask, block)
     rounds = pairs.count if isinstance(pairs.count, int) else None
     settings = Settings(H**-0.5 if scale is None else scale, softcap, block, rounds)
-    q = _in_blocks(q_BTNH.reshape(B, T, K, G, H), block)
-    k, v = _in_blocks(k_BSKH, block), _in_blocks(v_BSKH, block)
+    q = in_blocks(q_BTNH.reshape(B, T, K, G, H), block)
+    k, v = in_blocks(k_BSKH, block), in_blocks(v_BSKH, block)
     bias_KGTS = sink_KG = None
     if bias_NTS is not None:
-        bias_KGTS = _pad(_pad(bias_NTS, 1, block), 2, block)
+        bias_KGTS = pad_blocks(pad_blocks(bias_NTS, 1, block), 2, block)
         bias_KGTS = bias_KGTS.reshape(K, G, *bias_KGTS.shape[1:])
     if sink_N is not None:
         sink_KG = sink_N.astype(jnp.float32).reshape(K, G)
-    out = _flash(settings, q, k, v, bias_KGTS, sink_KG, mask, pairs)
-    out_BTKGH = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, -1, K, G, v.shape[-1])
-    return out_BTKGH[:, :T].reshape(B, T, N, v.shape[-1])
+    out = _flash(settings, q, Keys(k, v, bias_KGTS, mask, pairs), sink_KG)
+    return from_blocks(out)[:, :T].reshape(B, T, N, v.shape[-1])
 
 
-def _in_blocks(x_BT: Array, block: int) -> Array:
+def default_block() -> int:
+    """Returns 128 on a CPU, where it was the fastest, and 256 elsewhere."""
+    return 128 if target_platform() == "cpu" else 256
+
+
+def in_blocks(x_BT: Array, block: int) -> Array:
     """(B, T, heads, H) -> (blocks, B, heads, C, H), so that a block lies in one piece of memory."""
-    x = _pad(x_BT, 1, block)
+    x = pad_blocks(x_BT, 1, block)
     x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
     return jnp.moveaxis(x, (1, 2), (0, -2))
 
 
-def _pad(x: Array, axis: int, block: int) -> Array:
+def from_blocks(x: Array) -> Array:
+    """(blocks, B, heads, C, H) -> (B, blocks C, heads, H), the way back."""
+    x_BT = jnp.moveaxis(x, (0, -2), (1, 2))
+    return x_BT.reshape(x_BT.shape[0], -1, *x_BT.shape[3:])
+
+
+def pad_blocks(x: Array, axis: int, block: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths)
 
 
-def _padded_mask(mask: Mask, more_t: int, more_s: int) -> Mask:
+def pad_mask(mask: Mask, more_t: int, more_s: int) -> Mask:
     """Returns a mask of whole blocks, in which no query sees the keys of the padding."""
     if more_s and mask.segments_BS is None:
         mask = mask.replace(segments_BS=jnp.ones((1, len(mask.index_S)), jnp.int32))
@@ -132,34 +140,55 @@ def _padded_mask(mask: Mask, more_t: int, more_s: int) -> Mask:
     )
 
 
-class Block(NamedTuple):
-    """The operands of one block of scores."""
+class Keys(NamedTuple):
+    """Keys that queries meet, and what is between the two.
 
-    q_BKGCH: Array
-    k_BKCH: Array
-    bias_KGCC: Array | None
+    Attributes:
+      k, v: (blocks, B, K, C, H).
+      bias_KGTS: on their scores, or None.
+      mask: of the queries and these keys, both of whole blocks.
+      pairs: of blocks that see each other by this mask.
+    """
+
+    k: Array
+    v: Array
+    bias_KGTS: Array | None
     mask: Mask
+    pairs: Pairs
 
 
-def _scores(settings: Settings, block: Block) -> tuple[Array, Array]:
-    """Returns the (B, K, G, C, C) fp32 scores, -inf where masked, and before bias and mask."""
-    raw = _dot("bkgth,bksh->bkgts", block.q_BKGCH, block.k_BKCH) * settings.scale
-    raw = soft_cap(raw, settings.softcap)
-    scores = raw if block.bias_KGCC is None else raw + block.bias_KGCC.astype(jnp.float32)
-    return jnp.where(block.mask.allowed()[:, None, None], scores, -jnp.inf), raw
+class Rows(NamedTuple):
+    """The softmax of each query over the keys that it has met so far.
+
+    Attributes:
+      largest: (blocks, B, K, G, C) score.
+      total: of exp(score - largest).
+      out: (blocks, B, K, G, C, H) sum of exp(score - largest) v.
+    """
+
+    largest: Array
+    total: Array
+    out: Array
+
+
+def _scores(settings: Settings, q: Array, keys: Keys, t: Array, s: Array) -> tuple[Array, Array]:
+    """Returns the scores of block t of the queries and block s of the keys.
+
+    They are (B, K, G, C, C) fp32, -inf where masked; and the same before bias and mask.
+    """
+    size = settings.block
+    raw = _dot("bkgth,bksh->bkgts", _at(q, t), _at(keys.k, s)) * settings.scale
+    scores = raw = soft_cap(raw, settings.softcap)
+    if keys.bias_KGTS is not None:
+        starts = (0, 0, t * size, s * size)
+        bias = jax.lax.dynamic_slice(keys.bias_KGTS, starts, (*raw.shape[1:3], size, size))
+        scores = raw + bias.astype(jnp.float32)
+    mask = keys.mask.part(t * size, size, s * size, size)
+    return jnp.where(mask.allowed()[:, None, None], scores, -jnp.inf), raw
 
 
 def _dot(letters: str, a: Array, b: Array) -> Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
-
-
-def _block(settings: Settings, q, k, bias, mask: Mask, t: Array, s: Array) -> Block:
-    """Returns block t of the queries and block s of the keys."""
-    size = settings.block
-    if bias is not None:
-        starts = (0, 0, t * size, s * size)
-        bias = jax.lax.dynamic_slice(bias, starts, (*bias.shape[:2], size, size))
-    return Block(_at(q, t), _at(k, s), bias, mask.part(t * size, size, s * size, size))
 
 
 def _at(x: Array, index: Array) -> Array:
@@ -181,84 +210,144 @@ def _loop(settings: Settings, pairs: Pairs, add: Callable, carry: Any) -> Any:
     return jax.lax.fori_loop(0, count, step, carry)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(settings: Settings, q, k, v, bias, sink, mask: Mask, pairs: Pairs) -> Array:
-    return _forward(settings, q, k, v, bias, sink, mask, pairs)[0]
+def nothing_met(q: Array, v: Array, sink_KG: Array | None) -> Rows:
+    """Returns the softmax of every query over no keys; a sink's weight is in its total."""
+    largest = jnp.full(q.shape[:-1], -jnp.inf)
+    total = jnp.zeros(q.shape[:-1])
+    if sink_KG is not None:
+        largest, total = jnp.broadcast_to(sink_KG[..., None], largest.shape), total + 1
+    return Rows(largest, total, jnp.zeros((*q.shape[:-1], v.shape[-1])))
 
 
-def _forward(settings: Settings, q, k, v, bias, sink, mask: Mask, pairs: Pairs):
-    """Returns (blocks, B, K, G, C, H) outputs, and what the backward pass needs."""
+def meet(settings: Settings, rows: Rows, q: Array, keys: Keys) -> Rows:
+    """Returns the softmax over the keys met before and these."""
 
-    def add(t, s, carry):
-        largest, total, out = (_at(x, t) for x in carry)
-        scores, _ = _scores(settings, _block(settings, q, k, bias, mask, t, s))
+    def add(t, s, rows):
+        largest, total, out = (_at(x, t) for x in rows)
+        scores, _ = _scores(settings, q, keys, t, s)
         new = jnp.maximum(largest, scores.max(axis=-1))
         # Where no key was seen yet there is nothing to scale, and -inf - -inf is NaN.
         safe = jnp.where(jnp.isneginf(new), 0.0, new)
         shrink = jnp.exp(largest - safe)
         weights = jnp.exp(scores - safe[..., None])
-        more = _dot("bkgts,bksh->bkgth", weights.astype(v.dtype), _at(v, s))
+        more = _dot("bkgts,bksh->bkgth", weights.astype(keys.v.dtype), _at(keys.v, s))
         total = total * shrink + weights.sum(axis=-1)
-        rows = (new, total, out * shrink[..., None] + more)
-        return tuple(_put(x, part, t) for x, part in zip(carry, rows))
+        parts = (new, total, out * shrink[..., None] + more)
+        return Rows(*(_put(x, part, t) for x, part in zip(rows, parts)))
 
-    largest = jnp.full(q.shape[:-1], -jnp.inf)
-    total = jnp.zeros(q.shape[:-1])
-    if sink is not None:
-        largest, total = jnp.broadcast_to(sink[..., None], largest.shape), total + 1
-    out = jnp.zeros((*q.shape[:-1], v.shape[-1]))
-    largest, total, out = _loop(settings, pairs, add, (largest, total, out))
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
+    return _loop(settings, keys.pairs, add, rows)
+
+
+def finish(rows: Rows, dtype: Any) -> tuple[Array, Array]:
+    """Returns the (blocks, B, K, G, C, H) outputs, and what turns scores into weights again."""
+    some = rows.total > 0
+    total = jnp.where(some, rows.total, 1.0)
     # ln of the sum of exp(score); +inf makes all weights of a row without keys 0.
-    normaliser = jnp.where(some, largest + jnp.log(total), jnp.inf)
-    out = (out / total[..., None]).astype(v.dtype)
-    return out, (q, k, v, bias, sink, mask, pairs, out, normaliser)
+    normaliser = jnp.where(some, rows.largest + jnp.log(total), jnp.inf)
+    return (rows.out / total[..., None]).astype(dtype), normaliser
 
 
-def _backward(settings: Settings, saved, grad_out: Array):
-    q, k, v, bias, sink, mask, pairs, out, normaliser = saved
-    # Every score gets weight * (its own gradient - this).
-    mean = jnp.sum(grad_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+class Back(NamedTuple):
+    """What the backward pass knows of each query; of the layout of `Rows`.
 
-    def add(t, s, carry):
-        grad_q, grad_k, grad_v, grad_bias = carry
-        block = _block(settings, q, k, bias, mask, t, s)
-        scores, raw = _scores(settings, block)
-        weights = jnp.exp(scores - _at(normaliser, t)[..., None])
-        rows_grad = _at(grad_out, t)
+    Attributes:
+      q: queries.
+      grad_out: of the outputs.
+      mean: every score gets weight * (its own gradient - this).
+      normaliser: as `finish` returns it.
+    """
+
+    q: Array
+    grad_out: Array
+    mean: Array
+    normaliser: Array
+
+    @classmethod
+    def of(cls, q: Array, out: Array, normaliser: Array, grad_out: Array) -> "Back":
+        mean = jnp.sum(grad_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+        return cls(q, grad_out, mean, normaliser)
+
+    def sink(self, sink_KG: Array | None) -> Array | None:
+        """Returns the (K, G) gradient of the sinks, if there are any."""
+        if sink_KG is None:
+            return None
+        lost = jnp.exp(sink_KG[..., None] - self.normaliser) * self.mean
+        return -lost.sum(axis=(0, 1, 4))
+
+
+class Gradients(NamedTuple):
+    """Sums of gradients, fp32; those of keys and values as (blocks, B, K, H, C)."""
+
+    q: Array
+    k: Array
+    v: Array
+    bias_KGTS: Array | None
+
+    @classmethod
+    def zeros(cls, q: Array, keys: Keys) -> "Gradients":
         # Keys come last here: in the other order XLA's CPU backend takes 1.5 times as long.
-        more_v = _dot("bkgth,bkgts->bkhs", rows_grad, weights.astype(v.dtype))
-        own = _dot("bkgth,bksh->bkgts", rows_grad, _at(v, s))
-        grad = weights * (own - _at(mean, t)[..., None])
+        operands = (q, keys.k.mT, keys.v.mT, keys.bias_KGTS)
+        return cls(*(None if x is None else jnp.zeros(x.shape, jnp.float32) for x in operands))
+
+
+def meet_again(settings: Settings, grads: Gradients, back: Back, keys: Keys) -> Gradients:
+    """Returns the gradients with what queries and these keys have from each other added."""
+
+    def add(t, s, grads):
+        scores, raw = _scores(settings, back.q, keys, t, s)
+        weights = jnp.exp(scores - _at(back.normaliser, t)[..., None])
+        rows_grad = _at(back.grad_out, t)
+        more_v = _dot("bkgth,bkgts->bkhs", rows_grad, weights.astype(keys.v.dtype))
+        own = _dot("bkgth,bksh->bkgts", rows_grad, _at(keys.v, s))
+        grad = weights * (own - _at(back.mean, t)[..., None])
+        grad_bias = grads.bias_KGTS
         if grad_bias is not None:
             starts = (0, 0, t * settings.block, s * settings.block)
             grad_bias = jax.lax.dynamic_update_slice(grad_bias, grad.sum(axis=0), starts)
         if settings.softcap is not None:
             grad *= soft_cap_slope(raw, settings.softcap)
-        grad = (grad * settings.scale).astype(k.dtype)
-        more_q = _dot("bkgts,bksh->bkgth", grad, block.k_BKCH)
-        more_k = _dot("bkgth,bkgts->bkhs", block.q_BKGCH, grad)
-        grad_q = _put(grad_q, _at(grad_q, t) + more_q, t)
-        grad_k = _put(grad_k, _at(grad_k, s) + more_k, s)
-        grad_v = _put(grad_v, _at(grad_v, s) + more_v, s)
-        return grad_q, grad_k, grad_v, grad_bias
+        grad = (grad * settings.scale).astype(keys.k.dtype)
+        more_q = _dot("bkgts,bksh->bkgth", grad, _at(keys.k, s))
+        more_k = _dot("bkgth,bkgts->bkhs", _at(back.q, t), grad)
+        return Gradients(
+            _put(grads.q, _at(grads.q, t) + more_q, t),
+            _put(grads.k, _at(grads.k, s) + more_k, s),
+            _put(grads.v, _at(grads.v, s) + more_v, s),
+            grad_bias,
+        )
 
-    operands = (q, k.mT, v.mT, bias)
-    zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in operands]
-    grads = _loop(settings, pairs, add, tuple(zeros))
-    grads = [None if x is None else grad.astype(x.dtype) for x, grad in zip(operands, grads)]
-    grad_q, grad_k, grad_v, grad_bias = grads
-    grad_sink = None
-    if sink is not None:
-        lost = jnp.exp(sink[..., None] - normaliser) * mean
-        grad_sink = -lost.sum(axis=(0, 1, 4))
-    grads = grad_q, grad_k.mT, grad_v.mT, grad_bias, grad_sink
-    return *grads, *jax.tree.map(_no_gradient, (mask, pairs))
+    return _loop(settings, keys.pairs, add, grads)
 
 
-def _no_gradient(x: Any) -> np.ndarray:
-    return np.zeros(np.shape(x), jax.dtypes.float0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(settings: Settings, q: Array, keys: Keys, sink_KG: Array | None) -> Array:
+    """Returns the (blocks, B, K, G, C, H) outputs."""
+    return _forward(settings, q, keys, sink_KG)[0]
+
+
+def _forward(settings: Settings, q: Array, keys: Keys, sink_KG: Array | None):
+    """Returns the outputs, and what the backward pass needs."""
+    rows = meet(settings, nothing_met(q, keys.v, sink_KG), q, keys)
+    out, normaliser = finish(rows, keys.v.dtype)
+    return out, (q, keys, sink_KG, out, normaliser)
+
+
+def _backward(settings: Settings, saved, grad_out: Array):
+    q, keys, sink_KG, out, normaliser = saved
+    back = Back.of(q, out, normaliser, grad_out)
+    grads = meet_again(settings, Gradients.zeros(q, keys), back, keys)
+    grad_keys = Keys(
+        grads.k.mT.astype(keys.k.dtype),
+        grads.v.mT.astype(keys.v.dtype),
+        None if grads.bias_KGTS is None else grads.bias_KGTS.astype(keys.bias_KGTS.dtype),
+        *no_gradient((keys.mask, keys.pairs)),
+    )
+    return grads.q.astype(q.dtype), grad_keys, back.sink(sink_KG)
+
+
+def no_gradient(tree: Any) -> Any:
+    """Returns the gradients of whole numbers."""
+    return jax.tree.map(lambda x: np.zeros(np.shape(x), jax.dtypes.float0), tree)
 
 
 _flash.defvjp(_forward, _backward)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lm.core.mesh import PLACES_AXIS, automatic_axes
+
 Array = jax.Array
 
 # Logits are held for so many places at a time that they take this many bytes, as fp32.
@@ -120,12 +122,19 @@ def head_cross_entropy(
     at_once = max(1, chunk_bytes // (4 * B * vocab_size))
     if at_once >= T:
         return cross_entropy(unembed(x_BTD), targets_BT, weights_BT, **options)
-    num_chunks = -(-T // at_once)
-    room = -T % num_chunks
+    # Of the places of each device some are in every chunk, so that none has to be moved.
+    devices = automatic_axes().get(PLACES_AXIS, 1)
+    if T % devices:
+        devices = 1
+    own = T // devices
+    num_chunks = min(-(-T // at_once), own)
+    room = -own % num_chunks
 
     def chunks(a: Array) -> Array:
-        a = jnp.pad(a, ((0, 0), (0, room)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(B, num_chunks, -1, *a.shape[2:]), 1, 0)
+        a = a.reshape(B, devices, own, *a.shape[2:])
+        a = jnp.pad(a, ((0, 0), (0, 0), (0, room)) + ((0, 0),) * (a.ndim - 3))
+        a = jnp.moveaxis(a.reshape(B, devices, num_chunks, -1, *a.shape[3:]), 2, 0)
+        return a.reshape(num_chunks, B, -1, *a.shape[4:])
 
     x, targets, weights = map(chunks, (x_BTD, targets_BT, jax.lax.stop_gradient(weights_BT)))
     # What `unembed` closes over becomes arguments, so that it gets a gradient.

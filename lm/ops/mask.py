@@ -60,7 +60,7 @@ class Mask:
             np.array_equal(index, np.arange(len(index))) for index in (self.index_T, self.index_S)
         )
 
-    def reach(self, block: int) -> Array | np.ndarray:
+    def reach(self, block: int, keys: int | None = None) -> Array | np.ndarray:
         """Returns which blocks of queries can see any key of which blocks, by their places alone.
 
         Segments and prefixes do not count: they are divided over devices, and this must be the same
@@ -68,12 +68,14 @@ class Mask:
 
         Args:
           block: queries, and keys, of a block; both lengths are multiples of it.
+          keys: of a block, if they are not as many as queries.
 
         Returns:
-          (T / block, S / block) booleans, of numpy where the places are known.
+          (T / block, S / keys) booleans, of numpy where the places are known.
         """
         xp = np if self.is_known() else jnp
-        blocks_T, blocks_S = (xp.reshape(x, (-1, block)) for x in (self.index_T, self.index_S))
+        blocks_T = xp.reshape(self.index_T, (-1, block))
+        blocks_S = xp.reshape(self.index_S, (-1, keys or block))
         nearest = blocks_T.min(axis=1)[:, None] - blocks_S.max(axis=1)  # Of the keys before all.
         furthest = blocks_T.max(axis=1)[:, None] - blocks_S.min(axis=1)
         reach = xp.ones(nearest.shape, bool)

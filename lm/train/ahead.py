@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
+from lm.core.mesh import make_mesh, num_batch_shards
 from lm.ops.attention import choices
 from lm.train.experiment import Experiment
 from lm.train.plan import Cost, Plan, attention_line, layout_lines, make_plan
 from lm.train.run import check_tokenizer, open_data
 from lm.train.state import abstract_state, state_shardings
-from lm.train.step import check_batch_size, jit_step
+from lm.train.step import batch_shardings, check_batch_size, check_lengths, jit_step
 
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -51,9 +51,11 @@ def plan_ahead(experiment: Experiment, topology: str, tokenizer: Any = None) -> 
         shapes,
         state_shardings(recipe, mesh, shapes),
     )
-    rows = batch_sharding(mesh)
+    check_lengths(first, mesh)
     batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), first
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        first,
+        batch_shardings(mesh, first),
     )
     with choices() as attention:
         lowered = jit_step(recipe, mesh, shapes).lower(state, batch)

@@ -14,7 +14,7 @@ from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
 from lm.models.adapters import LoRA
 from lm.models.stack import REMAT_POLICIES
-from lm.ops.attention import BACKENDS
+from lm.ops.attention import BACKENDS, CONTEXT_PARALLEL
 from lm.ops.quantize import KINDS
 from lm.train.objectives import Generative, Objective
 from lm.train.optimizer import Optimizer
@@ -80,6 +80,9 @@ class TrainConfig:
         memory of an accelerator's host.
       attention: backend of attention (`lm.ops.attention.BACKENDS`), or 'auto' to choose by the
         platform, the length and the mask; the plan says which.
+      context_parallel: how attention reaches keys on other devices, where the mesh has a sequence
+        axis: 'ulysses', places exchanged for heads, which the devices must divide; or 'ring', keys
+        passed from device to device.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         what kernels of projections that do not train are quantized as, 'int8', 'int4' or 'nf4'
         (QLoRA; Dettmers et al., 2023).
@@ -98,6 +101,7 @@ class TrainConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    context_parallel: str = "ulysses"
     frozen_dtype: str = "float32"
     seed: int = 0
     parallel: str = "jit"
@@ -111,6 +115,7 @@ class TrainConfig:
             "dtype": ("float32", "bfloat16"),
             "remat": tuple(REMAT_POLICIES),
             "attention": ("auto", *BACKENDS),
+            "context_parallel": CONTEXT_PARALLEL,
             "frozen_dtype": ("float32", "bfloat16", *KINDS),
             "parallel": ("jit", "pmap"),
         }
@@ -185,6 +190,7 @@ class Experiment:
             self.adapter,
             self.train.frozen_dtype,
             self.train.attention,
+            self.train.context_parallel,
         )
         return recipe.over(self.train.steps)
 
@@ -194,6 +200,7 @@ FREE = (
     "mesh",
     "train.parallel",
     "train.micro_batches",
+    "train.context_parallel",
     "train.keep",
     "train.log_every",
     "wandb",

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm.core.batch import Batch
-from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
+from lm.core.mesh import PLACES_AXIS, make_mesh, num_batch_shards
 from lm.core.runtime import CHOSEN, cache_events, settle_heap
 from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choices
@@ -37,8 +37,10 @@ from lm.train.state import (
     strip,
 )
 from lm.train.step import (
+    batch_shardings,
     check_batch,
     check_batch_size,
+    check_lengths,
     evaluate_batch,
     jit_step,
     make_train_step,
@@ -179,12 +181,13 @@ class Run:
             self.data.train(self.config.batch_size, self.config.seed, self.step)
         )
         check_batch(first, self.experiment.model.vocab_size)
+        check_lengths(first, self.mesh)
         rows, length = first.tokens.reshape(-1, first.tokens.shape[-1]).shape
         self.shape = rows * jax.process_count(), length
         if self.config.micro_batches is None:
             shards = num_batch_shards(self.mesh)
             share = self.config.batch_size // shards
-            tokens = share * rows * length // len(first.tokens)
+            tokens = share * rows * length // len(first.tokens) // self.mesh.shape[PLACES_AXIS]
             parts = choose_micro_batches(state.params, share, tokens)
             self.recipe = replace(self.recipe, micro_batches=parts)
         start, counts = time.perf_counter(), cache_events().copy()
@@ -203,7 +206,7 @@ class Run:
         found, made = ((cache_events() - counts)[name] for name in ("hits", "misses"))
         source = " from the cache" if found and not made else ""
         self.compiling = f"{seconds:.1f} s{source}"
-        self.evaluate = jax.jit(evaluate_batch, static_argnums=0)
+        self.evaluate = jax.jit(evaluate_batch, static_argnums=(0, 3))
 
     def take_step(self, batch: Batch) -> Mapping:
         """Dispatches one update; returns its metrics, on the device."""
@@ -228,7 +231,7 @@ class Run:
         batches = self.data.validation(self.config.batch_size)
         total, pending = None, None
         for batch in batches:
-            metrics = self.evaluate(self.recipe, params, place(batch))
+            metrics = self.evaluate(self.recipe, params, place(batch), self.state_mesh)
             # Read one batch late: the device has work meanwhile, and never a whole split in memory.
             total, pending = add(total, pending), metrics
         total = add(total, pending)
@@ -257,9 +260,10 @@ class Run:
 
     def place(self, batch: Batch) -> Batch:
         """Returns this process's rows of a batch on the devices of the mesh."""
-        sharding = batch_sharding(self.mesh)
         return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+            lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+            batch,
+            batch_shardings(self.mesh, batch),
         )
 
     def make_plan(self, state: TrainState, where: Any) -> Plan:

@@ -63,6 +63,7 @@ class Recipe:
       dtype: compute dtype, 'float32' or 'bfloat16'; parameters are fp32 in any case.
       remat: what the backward pass computes again: 'none', 'dots', 'full' or 'offload'.
       attention: its backend; 'auto' leaves it to `lm.ops.attention.choose`.
+      context_parallel: how attention reaches keys on other devices, as of `TrainConfig`.
       adapter: put beside the model's kernels before the first step, or None.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         the kind that kernels of projections which do not train are quantized as, 'int8', 'int4' or
@@ -79,6 +80,7 @@ class Recipe:
     adapter: LoRA | None = None
     frozen_dtype: str = "float32"
     attention: str = "auto"
+    context_parallel: str = "ulysses"
 
     def context(self, deterministic: bool = False) -> Context:
         """Returns the context of a training call, or of an evaluation (deterministic)."""
@@ -87,6 +89,7 @@ class Recipe:
             adapter_dropout=0.0 if self.adapter is None else self.adapter.dropout,
             dtype=self.dtype,
             attention=self.attention,
+            context_parallel=self.context_parallel,
             remat=self.remat,
             # Unrolled, XLA's CPU backend holds the dequantized kernels of many layers at once.
             unroll=1 if self.frozen_dtype in KINDS else None,

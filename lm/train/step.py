@@ -5,6 +5,8 @@ over local devices as plain data parallelism. Both give the same numbers.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,13 @@ from jax.sharding import Mesh
 
 from lm.core.batch import Batch
 from lm.core.context import Context
-from lm.core.mesh import batch_sharding, replicated
+from lm.core.mesh import (
+    PLACES_AXIS,
+    batch_sharding,
+    check_places,
+    places_sharding,
+    replicated,
+)
 from lm.core.paths import merge
 from lm.train.objectives import Metrics
 from lm.train.state import Recipe, TrainState, abstract_state, state_shardings, strip
@@ -70,13 +78,21 @@ def losses(recipe: Recipe, params: Any, batch: Batch, ctx: Context, key: jax.Arr
     return {"loss": (loss_sum, weight_sum), **metrics}
 
 
-def evaluate_batch(recipe: Recipe, params: Any, batch: Batch) -> Metrics:
-    """Returns the metrics of a batch without dropout; random objectives draw the same each time."""
+def evaluate_batch(recipe: Recipe, params: Any, batch: Batch, mesh: Mesh | None = None) -> Metrics:
+    """Returns the metrics of a batch without dropout; random objectives draw the same each time.
+
+    Args:
+      recipe: the run's.
+      params: all parameters.
+      batch: (B, ...) with B a multiple of `recipe.micro_batches`.
+      mesh: on which they lie, if that is several devices.
+    """
 
     def one(batch, key):
         return losses(recipe, params, batch, recipe.context(deterministic=True), key)
 
-    return sum_over_micro_batches(one, batch, jax.random.PRNGKey(0), recipe.micro_batches)
+    with nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return sum_over_micro_batches(one, batch, jax.random.PRNGKey(0), recipe.micro_batches)
 
 
 def sum_over_micro_batches(
@@ -158,10 +174,38 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState | None = None) -> Ste
 
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_shardings(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def batch_shardings(mesh: Mesh, batch: Batch | None = None) -> Batch:
+    """Returns the sharding of every field of a batch: of its rows, and of the places they have.
+
+    Args:
+      mesh: to lie on.
+      batch: of arrays or shapes; fields that it lacks are None. None has all fields.
+    """
+    every = {field.name: places_sharding(mesh) for field in fields(Batch)}
+    every["labels"] = batch_sharding(mesh)
+    lacking = [name for name in every if getattr(batch, name, "") is None]
+    return Batch(**every | dict.fromkeys(lacking))
+
+
+def check_lengths(batch: Batch, mesh: Mesh) -> None:
+    """Raises a ValueError if a mesh does not divide the places of a batch's rows."""
+    devices = mesh.shape[PLACES_AXIS]
+    if devices == 1:
+        return
+    if batch.tokens.ndim != 2:
+        raise ValueError(
+            f"rows of several choices, {batch.tokens.shape}, have no one dimension of places that "
+            f"the mesh's {PLACES_AXIS}={devices} could divide: leave that axis at 1"
+        )
+    for ids in (batch.tokens, batch.source):
+        if ids is not None:
+            check_places(ids.shape[1], devices)
 
 
 def pmap_step(recipe: Recipe, devices: Sequence[Any] | None = None) -> Step:
