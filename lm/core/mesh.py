@@ -10,10 +10,13 @@ import jax.extend.backend
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Logical axis of a parameter's dimension -> mesh axis; what is not named is on every device.
+# Logical axis of a parameter's dimension -> mesh axis or axes; what is not named is on every
+# device. With the vocabulary on all stages none has more to compute than the others (Yeung et al.,
+# 2024).
 RULES = {
+    "layers": "stage",
     "embed": "fsdp",
-    "vocab": "tensor",
+    "vocab": ("stage", "tensor"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -86,14 +89,26 @@ def param_sharding(
     Raises:
       ValueError: if a dimension does not divide over its mesh axis.
     """
-    spec: list[str | None] = [RULES.get(axis or "") for axis in axes]
-    for size, axis, name in zip(shape, spec, axes):
-        if axis is not None and size % mesh.shape[axis]:
+    spec = [RULES.get(axis or "") for axis in axes]
+    for size, on, name in zip(shape, spec, axes):
+        split = {axis: mesh.shape[axis] for axis in (on if isinstance(on, tuple) else [on]) if axis}
+        if size % math.prod(split.values()):
+            sizes = ", ".join(f"{axis}={number}" for axis, number in split.items() if number > 1)
             raise ValueError(
-                f"{path} has {size} along {name!r}, which {axis}={mesh.shape[axis]} devices do not "
-                "divide: choose another mesh or another size"
+                f"{path} has {size} along {name!r}, which {sizes} devices do not divide: choose "
+                "another mesh or another size"
             )
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def num_stages() -> int:
+    """Returns over how many stages of the current mesh layers are divided; on one of them it is 1.
+
+    The current mesh is that of `jax.sharding.use_abstract_mesh`, and without one this is 1, too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    return mesh.shape["stage"] if kinds.get("stage") == AxisType.Auto else 1
 
 
 def target_platform() -> str:

@@ -50,6 +50,7 @@ class EncoderDecoder(Model):
             attention=ctx.attention,
             remat=ctx.remat,
             unroll=ctx.unroll,
+            pipeline=ctx.pipeline,
         )
         inner = enter(self, source_BS, inner, None)
         return self.encoder(self.embed(source_BS, inner), inner)[0]

@@ -24,7 +24,7 @@ from lm.train.state import TrainState, abstract_state, init_state, state_shardin
 from lm.train.step import (
     check_batch,
     check_batch_size,
-    evaluate_batch,
+    jit_evaluate,
     jit_step,
     make_train_step,
     pmap_step,
@@ -178,7 +178,7 @@ class Run:
         found, made = ((cache_events() - counts)[name] for name in ("hits", "misses"))
         source = " from the cache" if found and not made else ""
         self.compiling = f"{seconds:.1f} s{source}"
-        self.evaluate = jax.jit(evaluate_batch, static_argnums=0)
+        self.evaluate = jit_evaluate(self.state_mesh)
 
     def take_step(self, batch: Batch) -> Mapping:
         """Dispatches one update; returns its metrics, on the device."""
@@ -242,6 +242,7 @@ class Run:
             + f", {self.config.dtype}",
             "attention": attention_line(self.attention),
             "remat": self.config.remat,
+            **self.pipeline_line(rows),
             **CHOSEN,
             **({"XLA_FLAGS": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
             "step compiled in": self.compiling,
@@ -253,6 +254,13 @@ class Run:
             "checkpoints": str(where),
         }
         return make_plan(self.recipe, state, self.shape, self.cost, lines, self.devices)
+
+    def pipeline_line(self, rows: int) -> dict[str, str]:
+        """Returns how the rows of a batch pass through the stages, if there are several."""
+        stages, shards = self.mesh.shape["stage"], num_batch_shards(self.mesh)
+        part = rows // self.recipe.micro_batches
+        over = self.config.pipeline.over
+        return {"pipeline": str(over(stages, part, shards))} if stages > 1 else {}
 
 
 def open_data(config: Any, run_dir: Path, tokenizer: Any) -> Data:

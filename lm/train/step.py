@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lm.core.batch import Batch
+from lm.core.batch import Batch, split_rows
 from lm.core.context import Context
 from lm.core.mesh import batch_sharding, replicated
 from lm.core.paths import merge
@@ -97,14 +97,6 @@ def sum_over_micro_batches(
     return sums
 
 
-def split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """Returns (B, ...) as (parts, B / parts, ...), part p made of rows p, p + parts, ...
-
-    Rows are dealt out in turn so that a batch divided over devices stays where it is.
-    """
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-
 def train_step(
     recipe: Recipe, state: TrainState, batch: Batch, axis_name: str | None = None
 ) -> tuple[TrainState, Metrics]:
@@ -161,6 +153,16 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState | None = None) -> Ste
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def jit_evaluate(mesh: Mesh) -> Callable[[Recipe, Any, Batch], Metrics]:
+    """Returns `evaluate_batch` compiled for a mesh."""
+
+    def evaluate(recipe: Recipe, params: Any, batch: Batch) -> Metrics:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return evaluate_batch(recipe, params, batch)
+
+    return jax.jit(evaluate, static_argnums=0)
 
 
 def pmap_step(recipe: Recipe, devices: Sequence[Any] | None = None) -> Step:
