@@ -11,6 +11,7 @@ from lm.core.pipeline import Schedule
 from lm.models.pipeline import pipelined
 
 B, T, D = 12, 5, 6
+slow = pytest.mark.slow
 
 
 def layer(w, x_BTD, positions_BT, memory_BSD, bias_NTS, noise):
@@ -44,7 +45,10 @@ def one_by_one(params, x_BTD, ctx, key, parts, runs):
     return x_BTD
 
 
-@pytest.mark.parametrize("stages, parts, chunks", [(2, 3, 1), (4, 12, 1), (2, 4, 3), (4, 4, 3)])
+@pytest.mark.parametrize(
+    "stages, parts, chunks",
+    [(2, 3, 1), (4, 4, 3), *(pytest.param(*case, marks=slow) for case in [(4, 12, 1), (2, 4, 3)])],
+)
 def test_equals_a_loop(stages, parts, chunks):
     """Outputs and gradients of parameters, rows, memory and bias; rows keep their own context."""
     rng = np.random.default_rng(0)
