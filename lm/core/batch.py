@@ -36,3 +36,11 @@ class Batch:
     source: Array | None = None
     source_segments: Array | None = None
     labels: Array | None = None
+
+
+def split_rows(x: Array, parts: int) -> Array:
+    """Returns (B, ...) as (parts, B / parts, ...), part p made of rows p, p + parts, ...
+
+    Rows are dealt out in turn so that a batch divided over devices stays where it is.
+    """
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lm.core.pipeline import GPIPE, Pipeline
+
 Array = jax.Array
 
 
@@ -36,6 +38,7 @@ class Context:
         but the products of projections), 'full', or 'offload' (as 'dots', with those products kept
         in the host's memory).
       unroll: how many repeats of the stack stand in one iteration of its scan; None chooses.
+      pipeline: how rows pass through the stack where the mesh has several stages.
 
       slot: () int32, the decoding-state slot of the first new token.
       segments_BS: (B, S) int32 segments of all the keys that this call may look at.
@@ -60,6 +63,7 @@ class Context:
     context_parallel: str = struct.field(pytree_node=False, default="ulysses")
     remat: str = struct.field(pytree_node=False, default="none")
     unroll: int | None = struct.field(pytree_node=False, default=None)
+    pipeline: Pipeline = struct.field(pytree_node=False, default=GPIPE)
 
     slot: Array | None = None
     segments_BS: Array | None = None

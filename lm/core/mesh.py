@@ -13,10 +13,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MeshAxes = str | tuple[str, ...] | None
 
 # Logical axis of a parameter's dimension -> mesh axis or axes; what is not named is on every
-# device.
+# device. With the vocabulary on all stages none has more to compute than the others (Yeung et al.,
+# 2024).
 RULES: dict[str, MeshAxes] = {
+    "layers": "stage",
     "embed": "fsdp",
-    "vocab": "tensor",
+    "vocab": ("stage", "tensor"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -196,6 +198,14 @@ def lay_places(x_BT: jax.Array) -> jax.Array:
     check_places(x_BT.shape[1], axes[PLACES_AXIS])
     rows = tuple(axis for axis in BATCH_AXES if axis in axes)
     return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows, PLACES_AXIS))
+
+
+def num_stages() -> int:
+    """Returns over how many stages of the current mesh layers are divided; on one of them it is 1.
+
+    The current mesh is that of `jax.sharding.use_abstract_mesh`, and without one this is 1, too.
+    """
+    return automatic_axes().get("stage", 1)
 
 
 def target_platform() -> str:

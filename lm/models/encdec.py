@@ -51,6 +51,7 @@ class EncoderDecoder(Model):
             context_parallel=ctx.context_parallel,
             remat=ctx.remat,
             unroll=ctx.unroll,
+            pipeline=ctx.pipeline,
         )
         inner = enter(self, source_BS, inner, None)
         return self.encoder(self.embed(source_BS, inner), inner)[0]

@@ -1,14 +1,17 @@
 """The residual stream: a pattern of blocks, scanned as one step and repeated."""
 
+import math
+
 import flax.linen as nn
 import jax
 
 from lm.core.context import Context
-from lm.core.mesh import lay_places, target_platform
+from lm.core.mesh import BATCH_AXES, lay_places, num_stages, target_platform
 from lm.core.part import Part
 from lm.layers.attention import indices
 from lm.layers.cache import places
 from lm.layers.projection import PRODUCT
+from lm.models.pipeline import pipelined
 
 Array = jax.Array
 
@@ -47,7 +50,8 @@ class Stack(Part):
     """entry -> prefix -> pattern, `repeats` times -> suffix -> norm.
 
     The parameters of the pattern are stacked over a leading dimension of `repeats`, however the
-    repeats are computed: one scan, several at a time, or unrolled (`ctx.unroll`).
+    repeats are computed: one scan, several at a time, unrolled (`ctx.unroll`), or as a pipeline
+    where the current mesh has several stages (`ctx.pipeline`).
 
     Attributes:
       pattern: blocks of one repeat, in order.
@@ -100,6 +104,8 @@ class Stack(Part):
         params = self.variables.get("params", {}).get("pattern")
         if any(map(_is_tuple, jax.tree.leaves(params, is_leaf=_is_tuple))):
             return self.one_by_one(params, x_BTD, ctx, state)
+        if num_stages() > 1 and not self.is_initializing():
+            return self.over_stages(params, x_BTD, ctx, state), None
 
         def step(pattern, x_BTD, state):
             x_BTD, state = pattern(x_BTD, ctx, state)
@@ -123,6 +129,40 @@ class Stack(Part):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scan(self.pattern, x_BTD, state)
+
+    def over_stages(self, params, x_BTD: Array, ctx: Context, state) -> Array:
+        """Runs the repeats as a pipeline over the mesh's stages.
+
+        Raises:
+          ValueError: for decoding, for blocks outside of the repeats, and for repeats or rows that
+            do not divide.
+        """
+        if state is not None or ctx.cache_length is not None:
+            raise ValueError(
+                "a pipeline is for training: decode without a mesh, or on one whose stage is 1"
+            )
+        if self.prefix.blocks or self.suffix.blocks:
+            raise ValueError(
+                f"this stack has {len(self.prefix.blocks) + len(self.suffix.blocks)} blocks before "
+                "or after its repeats, and stages share equal ones: leave the mesh's stage at 1"
+            )
+        shape = jax.sharding.get_abstract_mesh().shape
+        shards = math.prod(shape[axis] for axis in BATCH_AXES)
+        schedule = ctx.pipeline.over(num_stages(), len(x_BTD), shards)
+        runs = schedule.stages * schedule.chunks
+        if self.repeats % runs:
+            raise ValueError(
+                f"{self.repeats} repeats of the stack do not divide over {schedule.stages} stages "
+                f"of {schedule.chunks} chunks: choose another mesh or train.pipeline.chunks"
+            )
+        chunk = Stack(self.pattern.clone(parent=None), self.repeats // runs)
+
+        def layers(params, x_BTD: Array, ctx: Context, key: Array | None) -> Array:
+            rngs = {} if key is None else {"dropout": key}
+            return chunk.apply({"params": {"pattern": params}}, x_BTD, ctx, rngs=rngs)[0]
+
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return pipelined(layers, params, x_BTD, ctx, schedule, key)
 
     def one_by_one(self, params, x_BTD: Array, ctx: Context, state):
         """Runs the repeats with parameters and state that lie apart; there is no gradient."""

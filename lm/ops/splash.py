@@ -52,7 +52,9 @@ def splash_attend(
     if _mesh() is not None:
         rows, rows_heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, RULES["heads"])
         specs = (*[rows_heads] * 3, rows, PartitionSpec(RULES["heads"]))
-        whole = jax.shard_map(whole, in_specs=specs, out_specs=rows_heads, check_vma=False)
+        whole = jax.shard_map(
+            whole, in_specs=specs, out_specs=rows_heads, axis_names=_free_axes(), check_vma=False
+        )
     out_BNTH = whole(*operands)
     out_BTNH = out_BNTH.swapaxes(1, 2)[:, :T]
     if mask.segments_BT is None:
@@ -64,8 +66,17 @@ def splash_attend(
 def _mesh() -> AbstractMesh | None:
     """Returns the mesh over whose devices the compiler would divide what is traced, or None."""
     mesh = jax.sharding.get_abstract_mesh()
-    divides = mesh.size > 1 and AxisType.Manual not in mesh.axis_types
-    return mesh if divides else None
+    return mesh if any(mesh.shape[axis] > 1 for axis in _free_axes()) else None
+
+
+def _free_axes() -> set[str]:
+    """Returns the axes of the current mesh that the compiler divides over.
+
+    Within a pipeline that is not `stage`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    pairs = zip(mesh.axis_names, mesh.axis_types)
+    return {axis for axis, kind in pairs if kind != AxisType.Manual}
 
 
 def _segments(mask: Mask, B: int, T: int, S: int) -> tuple[Array, Array] | None:

@@ -12,6 +12,7 @@ import flax.linen as nn
 
 from lm.core.batch import Batch
 from lm.core.mesh import MeshShape
+from lm.core.pipeline import GPIPE, Pipeline
 from lm.models.adapters import LoRA
 from lm.models.stack import REMAT_POLICIES
 from lm.ops.attention import BACKENDS, CONTEXT_PARALLEL
@@ -88,6 +89,7 @@ class TrainConfig:
         (QLoRA; Dettmers et al., 2023).
       seed: of parameters, order of data, dropout.
       parallel: 'jit' on a mesh, or 'pmap' over local devices.
+      pipeline: how rows pass through the layers where the mesh has several stages.
     """
 
     steps: int
@@ -105,6 +107,7 @@ class TrainConfig:
     frozen_dtype: str = "float32"
     seed: int = 0
     parallel: str = "jit"
+    pipeline: Pipeline = GPIPE
 
     def __post_init__(self) -> None:
         least = dict(steps=0, batch_size=1, micro_batches=1, eval_every=0, checkpoint_every=0)
@@ -191,6 +194,7 @@ class Experiment:
             self.train.frozen_dtype,
             self.train.attention,
             self.train.context_parallel,
+            self.train.pipeline,
         )
         return recipe.over(self.train.steps)
 
@@ -201,6 +205,7 @@ FREE = (
     "train.parallel",
     "train.micro_batches",
     "train.context_parallel",
+    "train.pipeline",
     "train.keep",
     "train.log_every",
     "wandb",

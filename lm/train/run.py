@@ -41,7 +41,7 @@ from lm.train.step import (
     check_batch,
     check_batch_size,
     check_lengths,
-    evaluate_batch,
+    jit_evaluate,
     jit_step,
     make_train_step,
     pmap_step,
@@ -206,7 +206,7 @@ class Run:
         found, made = ((cache_events() - counts)[name] for name in ("hits", "misses"))
         source = " from the cache" if found and not made else ""
         self.compiling = f"{seconds:.1f} s{source}"
-        self.evaluate = jax.jit(evaluate_batch, static_argnums=(0, 3))
+        self.evaluate = jit_evaluate(self.state_mesh)
 
     def take_step(self, batch: Batch) -> Mapping:
         """Dispatches one update; returns its metrics, on the device."""
@@ -231,7 +231,7 @@ class Run:
         batches = self.data.validation(self.config.batch_size)
         total, pending = None, None
         for batch in batches:
-            metrics = self.evaluate(self.recipe, params, place(batch), self.state_mesh)
+            metrics = self.evaluate(self.recipe, params, place(batch))
             # Read one batch late: the device has work meanwhile, and never a whole split in memory.
             total, pending = add(total, pending), metrics
         total = add(total, pending)
@@ -280,6 +280,7 @@ class Run:
             "attention": attention_line(self.attention),
             "remat": self.config.remat,
             **layout_lines(self.recipe, self.mesh, state),
+            **self.pipeline_line(rows),
             **CHOSEN,
             **({"XLA_FLAGS": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
             "step compiled in": self.compiling,
@@ -291,6 +292,13 @@ class Run:
             "checkpoints": str(where),
         }
         return make_plan(self.recipe, state, self.shape, self.cost, lines, self.devices)
+
+    def pipeline_line(self, rows: int) -> dict[str, str]:
+        """Returns how the rows of a batch pass through the stages, if there are several."""
+        stages, shards = self.mesh.shape["stage"], num_batch_shards(self.mesh)
+        part = rows // self.recipe.micro_batches
+        over = self.config.pipeline.over
+        return {"pipeline": str(over(stages, part, shards))} if stages > 1 else {}
 
 
 def open_data(config: Any, run_dir: Path, tokenizer: Any) -> Data:

@@ -21,6 +21,7 @@ from lm.core.mesh import (
     replicated,
 )
 from lm.core.paths import flatten, map_with_path, partition, unflatten
+from lm.core.pipeline import GPIPE, Pipeline
 from lm.models import adapters, quantized
 from lm.models import params as P
 from lm.models.adapters import LoRA
@@ -64,6 +65,7 @@ class Recipe:
       remat: what the backward pass computes again: 'none', 'dots', 'full' or 'offload'.
       attention: its backend; 'auto' leaves it to `lm.ops.attention.choose`.
       context_parallel: how attention reaches keys on other devices, as of `TrainConfig`.
+      pipeline: how rows pass through layers that lie on several stages.
       adapter: put beside the model's kernels before the first step, or None.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         the kind that kernels of projections which do not train are quantized as, 'int8', 'int4' or
@@ -81,6 +83,7 @@ class Recipe:
     frozen_dtype: str = "float32"
     attention: str = "auto"
     context_parallel: str = "ulysses"
+    pipeline: Pipeline = GPIPE
 
     def context(self, deterministic: bool = False) -> Context:
         """Returns the context of a training call, or of an evaluation (deterministic)."""
@@ -93,6 +96,7 @@ class Recipe:
             remat=self.remat,
             # Unrolled, XLA's CPU backend holds the dequantized kernels of many layers at once.
             unroll=1 if self.frozen_dtype in KINDS else None,
+            pipeline=self.pipeline,
         )
 
     def over(self, num_steps: int) -> "Recipe":

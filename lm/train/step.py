@@ -5,9 +5,8 @@ over local devices as plain data parallelism. Both give the same numbers.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import fields
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lm.core.batch import Batch
+from lm.core.batch import Batch, split_rows
 from lm.core.context import Context
 from lm.core.mesh import (
     PLACES_AXIS,
@@ -78,21 +77,13 @@ def losses(recipe: Recipe, params: Any, batch: Batch, ctx: Context, key: jax.Arr
     return {"loss": (loss_sum, weight_sum), **metrics}
 
 
-def evaluate_batch(recipe: Recipe, params: Any, batch: Batch, mesh: Mesh | None = None) -> Metrics:
-    """Returns the metrics of a batch without dropout; random objectives draw the same each time.
-
-    Args:
-      recipe: the run's.
-      params: all parameters.
-      batch: (B, ...) with B a multiple of `recipe.micro_batches`.
-      mesh: on which they lie, if that is several devices.
-    """
+def evaluate_batch(recipe: Recipe, params: Any, batch: Batch) -> Metrics:
+    """Returns the metrics of a batch without dropout; random objectives draw the same each time."""
 
     def one(batch, key):
         return losses(recipe, params, batch, recipe.context(deterministic=True), key)
 
-    with nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return sum_over_micro_batches(one, batch, jax.random.PRNGKey(0), recipe.micro_batches)
+    return sum_over_micro_batches(one, batch, jax.random.PRNGKey(0), recipe.micro_batches)
 
 
 def sum_over_micro_batches(
@@ -112,14 +103,6 @@ def sum_over_micro_batches(
         (micro, jax.random.split(key, parts)),
     )
     return sums
-
-
-def split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """Returns (B, ...) as (parts, B / parts, ...), part p made of rows p, p + parts, ...
-
-    Rows are dealt out in turn so that a batch divided over devices stays where it is.
-    """
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
 def train_step(
@@ -206,6 +189,17 @@ def check_lengths(batch: Batch, mesh: Mesh) -> None:
     for ids in (batch.tokens, batch.source):
         if ids is not None:
             check_places(ids.shape[1], devices)
+
+
+def jit_evaluate(mesh: Mesh) -> Callable[[Recipe, Any, Batch], Metrics]:
+    """Returns `evaluate_batch` compiled for a mesh."""
+
+    @wraps(evaluate_batch)
+    def evaluate(recipe: Recipe, params: Any, batch: Batch) -> Metrics:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return evaluate_batch(recipe, params, batch)
+
+    return jax.jit(evaluate, static_argnums=0)
 
 
 def pmap_step(recipe: Recipe, devices: Sequence[Any] | None = None) -> Step:

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019) and GPT-3: pre-norm, learned positions and a tied head."""
+"""GPT-2 (Radford et al., 2019) and larger: pre-norm, learned positions and a tied head."""
 
 import math
 
@@ -30,13 +30,12 @@ def gpt2(
     if num_layers % len(bands):
         raise ValueError(f"layers that alternate are an even number, not {num_layers}")
     init, out_init = Normal(), Normal(0.02 / math.sqrt(2 * num_layers))
-    heads = (num_heads, num_features // num_heads)
-    kernels = dict(kernel_init=init, out_init=out_init)
+    heads = dict(head_dim=num_features // num_heads, kernel_init=init, out_init=out_init)
     mlp = MLP(mlp_features or 4 * num_features, "gelu_tanh", kernel_init=init, down_init=out_init)
     norm = LayerNorm(eps)
 
     def block(band: int | None) -> Block:
-        attention = Attention(*heads, window=band, qkv_bias=True, out_bias=True, **kernels)
+        attention = Attention(num_heads, window=band, qkv_bias=True, out_bias=True, **heads)
         return Block(PreNorm(attention, norm, dropout), PreNorm(mlp, norm, dropout))
 
     return Decoder(
@@ -104,9 +103,11 @@ FAMILY = Family(
         "medium": dict(num_features=1024, num_heads=16, num_layers=24),
         "large": dict(num_features=1280, num_heads=20, num_layers=36),
         "xl": dict(num_features=1600, num_heads=25, num_layers=48),
+        "megatron-8.3b": dict(num_features=3072, num_heads=24, num_layers=72),
         "gpt3-small": GPT3,
         "gpt3-6.7b": dict(**GPT3, num_features=4096, num_heads=32, num_layers=32),
         "gpt3-175b": dict(**GPT3, num_features=12288, num_heads=96, num_layers=96),
+        "mt-nlg-530b": dict(max_length=2048, num_features=20480, num_heads=128, num_layers=105),
     },
     tiny=dict(vocab_size=61, max_length=64, num_features=32, num_heads=4, num_layers=3),
     ledger=("B22", "B51", "B52", "L28", "N53"),
