@@ -22,8 +22,8 @@ PEER_LOST = re.compile(
 LOST_TASK = re.compile(r"/task:(\d+)")
 # Lines that belong to a trace of C++, by absl's format and that of its stacks.
 TRACE = re.compile(
-    r"^(\[Gloo\] |[IWEF]\d{4} \d\d:\d\d:\d\d|[IWEF]\d{8} |\*\*\* |\s+@ +0x|#\d+ +0x|PC: @|Fatal Python error"
-    r"|Aborted|terminate called|\s*what\(\):|WARNING: All log messages before absl)"
+    r"^(\[Gloo\] |[IWEF]\d{4} \d\d:\d\d:\d\d|[IWEF]\d{8} |\*\*\* |\s+@ +0x|#\d+ +0x|PC: @"
+    r"|Fatal Python error|Aborted|terminate called|\s*what\(\):|WARNING: All log messages before)"
 )
 # Lines between and after tracebacks of Python, and those of jax about them.
 NOTES = re.compile(
@@ -102,7 +102,8 @@ def hung(marks: Mapping[int, Mark | None], now: float, limit: float) -> str:
     still = {r: now - mark.since for r, mark in known.items() if mark.place != "the end"}
     if not still or max(still.values()) <= limit:
         return ""
-    stale = [rank for rank, mark in known.items() if now - mark.at > STALE_SECONDS]
+    silence = max(STALE_SECONDS, limit / 2)
+    stale = [rank for rank, mark in known.items() if now - mark.at > silence]
     if stale:
         mark = known[stale[0]]
         return (
