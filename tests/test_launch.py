@@ -47,7 +47,7 @@ def marks(*pairs: tuple[int, float]) -> dict[int, Mark]:
 
 
 def test_which_process_hangs():
-    assert hung(marks((7, 5), (6, 9)), 1000, 10) == ""
+    assert hung(marks((7, 5), (6, 90)), 1000, 10) == ""
     assert hung({0: None, 1: None}, 1000, 10) == ""
     text = hung(marks((7, 11), (6, 12), (7, 11)), 1000, 10)
     assert text.startswith("process 1 hangs: for 12 s it did not go on from the step 6")

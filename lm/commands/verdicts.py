@@ -85,10 +85,10 @@ def ended_with(end: End) -> str:
 
 
 def hung(marks: Mapping[int, Mark | None], now: float, limit: float) -> str:
-    """Returns which process holds the others up, where one stands still for longer than a limit.
+    """Returns which process holds the others up, where all stand still for longer than a limit.
 
-    All stand still then, since they wait for each other. The one that does not run, or else the one
-    that did not come to where the others wait, is the cause.
+    They wait for each other, so that one that hangs soon stops all. The one that does not run, or
+    else the one that did not come to where the others wait, is the cause.
 
     Args:
       marks: rank -> where it stands, of those that run; None where it wrote nothing.
@@ -100,7 +100,7 @@ def hung(marks: Mapping[int, Mark | None], now: float, limit: float) -> str:
     """
     known = {rank: mark for rank, mark in marks.items() if mark is not None}
     still = {r: now - mark.since for r, mark in known.items() if mark.place != "the end"}
-    if not still or max(still.values()) <= limit:
+    if not still or min(still.values()) <= limit:
         return ""
     silence = max(STALE_SECONDS, limit / 2)
     stale = [rank for rank, mark in known.items() if now - mark.at > silence]
@@ -117,7 +117,7 @@ def hung(marks: Mapping[int, Mark | None], now: float, limit: float) -> str:
     if least == most:
         places = {f"{mark.place} {mark.step}" for mark in known.values()}
         return (
-            f"no process went on for {max(still.values()):.0f} s, and none of this host is behind "
+            f"no process went on for {min(still.values()):.0f} s, and none of this host is behind "
             f"the others: all came to {', '.join(sorted(places))}, so that devices, network or "
             "another host hang"
         )
