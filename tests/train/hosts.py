@@ -50,16 +50,16 @@ def environment(**changes: str) -> dict[str, str]:
     own = {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
     }
     return os.environ | own | changes
 
 
-def start(*words: str | os.PathLike, **changes: str) -> subprocess.Popen:
-    """Starts an `lm` command; its output is one stream of text."""
+def start(*words: str | os.PathLike, tree: pathlib.Path = ROOT, **changes: str) -> subprocess.Popen:
+    """Starts an `lm` command of the package in a tree; its output is one stream of text."""
     return subprocess.Popen(
         [sys.executable, "-m", "lm.cli", *map(str, words)],
-        env=environment(**changes),
+        env=environment(PYTHONPATH=str(tree), **changes),
+        cwd=tree,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
