@@ -2,12 +2,15 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 USAGE = """usage: lm COMMAND ...
 
   train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
+  launch -- lm train EXPERIMENT
+                        train by several processes, and watch them
   plan EXPERIMENT       what its step costs on a TPU slice, compiled for it without one
   generate MODEL        continue prompts
   chat MODEL            talk with a model
@@ -43,6 +46,8 @@ OF_EXPERIMENTS = {
     "train": ("--run-dir", "--checkpoint-dir", "--platform", "--profile"),
     "plan": ("--topology",),
 }
+# Of a command that several processes run together: see `lm.core.distributed`.
+OF_HOSTS = ("--coordinator", "--num-processes", "--process-id", "--join-timeout")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lm {__version__}")
         return 0
     try:
+        if words[0] == "launch":
+            from lm.commands.launch import launch
+
+            return launch(words[1:])
         if words[0] in OF_EXPERIMENTS:
             return of_experiment(words[0], words[1:])
         for name, function in COMMANDS.items():
@@ -79,14 +88,18 @@ def of_experiment(command: str, words: list[str]) -> int:
 
         print(experiment_help(command, path))
         return 0 if wants_help else 2
-    own, overrides = split_options(words[1:], OF_EXPERIMENTS[command])
+    hosts, words = split_options(words[1:], OF_HOSTS if command == "train" else ())
+    own, overrides = split_options(words, OF_EXPERIMENTS[command])
     platform = own.pop("platform", "cpu" if command == "plan" else "")
+    from lm.core.distributed import hosts_from, leaving
     from lm.core.runtime import prepare
 
-    prepare(platform)
-    from lm.commands import train
+    with leaving():
+        variables = {**os.environ, **({"JAX_PLATFORMS": platform} if platform else {})}
+        prepare(platform, hosts=hosts_from(hosts, variables) if command == "train" else None)
+        from lm.commands import train
 
-    result = getattr(train, command)(path, overrides, **own)
+        result = getattr(train, command)(path, overrides, **own)
     return 0 if result is None or result.stopped in ("finished", "early stopping") else 130
 
 
@@ -122,7 +135,7 @@ def call(function: str, words: list[str], prog: str) -> int:
 
 def unknown(words: Sequence[str]) -> str:
 
-    names = [*OF_EXPERIMENTS, *(" ".join(name) for name in COMMANDS)]
+    names = ["launch", *OF_EXPERIMENTS, *(" ".join(name) for name in COMMANDS)]
     near = difflib.get_close_matches(" ".join(words[:2]), names, 1, cutoff=0.0)
     return f"there is no command {' '.join(words[:2])!r}: did you mean 'lm {near[0]}'?"
 

@@ -1,8 +1,12 @@
 """`lm train`, a run from its first step to the report at its end, and `lm plan`."""
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import jax
 
 from lm.core.overrides import apply_overrides, list_fields
 from lm.data.instructions import InstructionData, Instructions
@@ -39,6 +43,17 @@ def train(
       checkpoint_dir: another place for checkpoints, such as gs://bucket/run; '' for none.
       profile: how many steps to trace into 'profile' in the run's directory.
     """
+    if jax.process_index() > 0:
+        # Of several processes the first alone speaks; errors of the others go to stderr.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return train_and_report(path, overrides, run_dir, checkpoint_dir, profile)
+    return train_and_report(path, overrides, run_dir, checkpoint_dir, profile)
+
+
+def train_and_report(
+    path: str, overrides: Sequence[str], run_dir: str, checkpoint_dir: str, profile: str
+) -> Result:
+    """Trains as `train` says, whose arguments these are."""
     if not profile.isdecimal():
         raise ValueError(f"--profile takes a number of steps, not {profile!r}")
     experiment = apply_overrides(load_experiment(path), overrides)
@@ -50,10 +65,11 @@ def train(
         profile=int(profile),
         **start(experiment),
     )
-    if result.stopped in ("finished", "early stopping"):
+    is_over = result.stopped in ("finished", "early stopping")
+    if is_over and jax.process_count() == 1:
         report(experiment, result, checkpoint_dir)
     again = f"lm train {path}"
-    if result.stopped not in ("finished", "early stopping"):
+    if not is_over:
         then = f"{again} goes on from step {result.step}"
     elif isinstance(experiment.data, LabelledData):
         then = f"lm evaluate {directory} --split test"
@@ -140,6 +156,11 @@ HELP = {
         "  --profile N            trace N steps, after a few others, for TensorBoard or xprof",
         "  --init-from MODEL      a run, directory, .gguf file or package:NAME to start from",
         "  --trainable full       everything trains, without the experiment's adapter",
+        "",
+        "By several processes, of which each is told (or by `lm launch`, SLURM, MPI, a TPU slice):",
+        "",
+        "  --coordinator HOST:PORT, --num-processes N, --process-id I",
+        "  --join-timeout SECONDS that they have to find each other [300]",
         "",
     ],
     "plan": [

@@ -11,6 +11,9 @@ from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lm.core.beat import own_beat
+from lm.core.distributed import Hosts, join
+
 # These builds drop terms of sums on CPU (jax issue 39103): a jitted sum of squares is off by 0.8 %.
 WRONG_SUMS_ON_CPU = ("0.10.2", "0.11.0")
 
@@ -22,7 +25,11 @@ _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1
 _RESERVE_BYTES = 1 << 26
 
 
-def prepare(platform: str = "", cache_dir: str | os.PathLike | None = None) -> None:
+def prepare(
+    platform: str = "",
+    cache_dir: str | os.PathLike | None = None,
+    hosts: Hosts | None = None,
+) -> None:
     """Prepares this process for jax; call it before anything imports jax's backend.
 
     On Linux CPUs it keeps the heap: XLA allocates the temporaries of every step anew, glibc maps
@@ -35,10 +42,11 @@ def prepare(platform: str = "", cache_dir: str | os.PathLike | None = None) -> N
       platform: 'cpu', 'gpu', 'cuda' or 'tpu' to insist on; '' takes what jax finds, or what
         JAX_PLATFORMS names.
       cache_dir: where compiled programs are kept.
+      hosts: the processes that this one is one of; None where it is alone.
 
     Raises:
       ValueError: if the platform asked for is not there, or jaxlib is one that computes wrong
-        sums on CPU.
+        sums on CPU; or as of `lm.core.distributed.join`.
     """
     if platform:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
@@ -47,6 +55,7 @@ def prepare(platform: str = "", cache_dir: str | os.PathLike | None = None) -> N
     if wants_cpu and os.environ.get("LM_KEEP_HEAP", "1") != "0":
         kept = "kept between steps (LM_KEEP_HEAP=0 gives it back)"
         CHOSEN["heap"] = kept if keep_heap() else "given back between steps"
+    own_beat()
     # XLA reports every program that it loads from the cache on CPU as an error, in a page of text;
     # what goes wrong in earnest arrives as an exception.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -58,6 +67,8 @@ def prepare(platform: str = "", cache_dir: str | os.PathLike | None = None) -> N
         # A program that is dispatched early takes its temporaries before the one that still runs
         # gives its own back, and there is no core left to gain anything from it.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if hosts is not None:
+        CHOSEN["processes"] = join(hosts)
     check_jaxlib(start_backend(), jaxlib_version())
     ours = Path(os.environ.get("LM_CACHE") or Path.home() / ".cache" / "lm").expanduser() / "jax"
     cache = cache_dir or os.environ.get("JAX_COMPILATION_CACHE_DIR") or ours

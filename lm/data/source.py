@@ -87,6 +87,9 @@ def load_source(
             "expected headlines, headlines/original, text:PATH or tfds:NAME."
         )
     build_once(Path(builder.data_dir), lambda: _download(builder))
+    if not builder.info.splits:
+        # Another process made it after this builder had looked for it.
+        builder.info.read_from_directory(builder.data_dir)
     features: Any = builder.info.features
     splits = {name: info.num_examples for name, info in builder.info.splits.items()}
     if not splits.get(split):

@@ -76,6 +76,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint directory {self.directory} cannot be made or read: {reason(error)}"
             ) from error
+        if not self.directory.is_dir():
+            raise CheckpointError(
+                f"process 0 made the checkpoint directory {self.directory}, and process "
+                f"{jax.process_index()} does not see it: choose one that all hosts share, by "
+                "--checkpoint-dir gs://... or on a shared disk"
+            )
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, in order."""

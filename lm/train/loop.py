@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lm.core.beat import come_to, resume
+from lm.train.agree import Vote
 from lm.train.experiment import Experiment
 from lm.train.metrics import MetricsLog, Record, plot_curves, read_metrics
 from lm.train.preview import show_example
@@ -22,6 +24,10 @@ from lm.train.run import Run, means
 from lm.train.trace import Trace
 
 Echo = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """Prints nothing."""
 
 
 class TrainingError(ValueError):
@@ -85,6 +91,10 @@ def train(
       CheckpointError: if a checkpoint cannot be written or read.
     """
     run_dir = Path(run_dir).expanduser()
+    is_first = jax.process_index() == 0
+    if not is_first:
+        # All processes compute, and the first alone speaks and writes, but for checkpoints.
+        echo, progress, profile = silent, False, 0
     trace = Trace(run_dir / "profile", profile, echo)
     run = Run(experiment, run_dir, checkpoint_dir, params, tokenizer)
     echo(f"{experiment.name}\n{run.plan}")
@@ -100,8 +110,10 @@ def train(
             log.close()
     finally:
         run.checkpoints.manager.close()
-    records = read_metrics(run.run_dir / "metrics.jsonl")
-    plot_curves(records, run.run_dir / "curves.png")
+    come_to("the end", run.step)
+    records = read_metrics(run.run_dir / "metrics.jsonl") if is_first else []
+    if is_first:
+        plot_curves(records, run.run_dir / "curves.png")
     echo(f"{stopped} at step {run.step}; everything is in {run.run_dir}")
     best = run.standing
     last = records[-1] if records else {}
@@ -115,11 +127,13 @@ class Pending(NamedTuple):
       step: its number.
       metrics: on the device.
       tokens: places of its batch that are not padding.
+      vote: of the processes, on whether to stop.
     """
 
     step: int
     metrics: Mapping
     tokens: int
+    vote: Any
 
 
 @dataclass
@@ -146,6 +160,7 @@ class Loop:
         """Takes the steps that are left; returns why it stopped."""
         run, config = self.run, self.run.config
         self.watch, self.tokens, self.logged_step = Stopwatch(), 0, run.step
+        self.vote, self.signal = Vote(), ""
         pending: Pending | None = None
         if run.step == 0 and run.experiment.init_from and config.eval_every:
             self.begin()
@@ -153,10 +168,14 @@ class Loop:
             batch = next(run.batches)
             tokens = int(np.count_nonzero(batch.segments)) * jax.process_count()
             self.trace.before_step(run.step, run.state)
+            come_to("the step", run.step + 1)
             metrics = run.take_step(batch)
-            if pending is not None:
-                self.report(self.read(pending))
-            pending = Pending(run.step, metrics, tokens)
+            vote = self.vote.cast(self.signals.name)
+            record = None if pending is None else self.read(pending)
+            resume("its own work after the step", run.step)
+            if record is not None:
+                self.report(record)
+            pending = Pending(run.step, metrics, tokens, vote)
             if self.validates() or due(run.step, config.checkpoint_every) or self.reason_to_stop():
                 self.pause(self.read(pending))
                 pending = None
@@ -181,7 +200,7 @@ class Loop:
             return "finished"
         if 0 < config.patience <= self.run.standing.worse:
             return "early stopping"
-        return self.signals.name
+        return self.signals.name if jax.process_count() == 1 else self.signal
 
     def validates(self) -> bool:
         """Whether the step just taken is one to validate after."""
@@ -203,6 +222,7 @@ class Loop:
         for name in ("loss", "grad_norm"):
             self.check_finite(pending.step, name, record[name])
         self.tokens += pending.tokens
+        self.signal = self.vote.read(pending.vote)
         if self.run.began is not None:
             record["seconds_to_first_step"] = seconds = time.perf_counter() - self.run.began
             self.run.began = None
@@ -212,6 +232,7 @@ class Loop:
     def pause(self, record: Record) -> None:
         """Validates if it is time to, logs, and saves."""
         self.watch.stop()
+        come_to("validation and checkpoint", record["step"])
         loss = None
         if self.validates():
             values = self.run.validate()
@@ -221,6 +242,7 @@ class Loop:
             self.run.standing = self.run.standing.after(record["step"], loss)
         self.report(record)
         self.run.save(loss)
+        resume("its own work after the checkpoint", record["step"])
         self.watch.start()
 
     def report(self, record: Record) -> None:

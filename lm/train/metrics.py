@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 Record = dict[str, Any]
 
 
 class MetricsLog:
-    """Lines of metrics.jsonl, one JSON object a step, mirrored to TensorBoard.
+    """Lines of metrics.jsonl, one JSON object a step, mirrored to TensorBoard; of process 0 alone.
 
     A resumed run begins where its checkpoint ends: lines beyond it are dropped and come again, so
     every step stands there once. A line is one write, so a killed process leaves at most a last
@@ -23,6 +25,9 @@ class MetricsLog:
         Raises:
           ValueError: if Weights & Biases was asked for and is not installed.
         """
+        self.run, self.file, self.writer = None, None, None
+        if jax.process_index() > 0:
+            return
         from tensorboardX import SummaryWriter
 
         self.run = start_wandb(wandb, name, run_dir, config) if wandb else None
@@ -36,6 +41,8 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Adds the record of a step."""
+        if self.file is None:
+            return
         line = as_line(record).encode()
         written = os.write(self.file, line)
         if written != len(line):
@@ -48,6 +55,8 @@ class MetricsLog:
             self.run.log(numbers, step=record["step"])
 
     def close(self) -> None:
+        if self.file is None:
+            return
         os.close(self.file)
         self.writer.close()
         if self.run is not None:

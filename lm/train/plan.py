@@ -341,7 +341,8 @@ def peak_flops(devices: Sequence[Any]) -> tuple[float, str]:
     """Returns what the devices together can do per second, and where the number is from.
 
     Known accelerators are looked up. Anything else, a CPU above all, is measured by the fastest of
-    a few square products; devices that share one host's cores are then counted once.
+    a few square products. Devices of one process share its host's cores, and count once; processes
+    of one host measure at the same time, and so each finds its share.
     """
     name, chip = chip_of(devices[0])
     if chip is not None:
@@ -350,7 +351,8 @@ def peak_flops(devices: Sequence[Any]) -> tuple[float, str]:
     size = 1024 if on_cpu else 8192
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
     # A product that depends on the one before cannot be overlapped with it or optimised away.
-    x = jax.device_put(jnp.ones((size, size), dtype), devices[0])
+    mine = next(d for d in devices if d.process_index == jax.process_index())
+    x = jax.device_put(jnp.ones((size, size), dtype), mine)
     multiply = jax.jit(lambda a: (a @ x) * (1 / size))
     multiply(x).block_until_ready()
     best = math.inf
@@ -358,7 +360,7 @@ def peak_flops(devices: Sequence[Any]) -> tuple[float, str]:
         start = time.perf_counter()
         multiply(x).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    count = 1 if on_cpu else len(devices)
+    count = len({device.process_index for device in devices}) if on_cpu else len(devices)
     return (
         2 * size**3 / best * count,
         f"measured here by a {size} x {size} {dtype.__name__} product",

@@ -13,12 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm.core.batch import Batch
+from lm.core.beat import come_to
 from lm.core.mesh import PLACES_AXIS, make_mesh, num_batch_shards
 from lm.core.runtime import CHOSEN, cache_events, settle_heap
 from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choices
+from lm.train.agree import check_same_code, check_same_data
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
+from lm.train.feed import feed
 from lm.train.plan import (
     Cost,
     Plan,
@@ -37,7 +40,6 @@ from lm.train.state import (
     strip,
 )
 from lm.train.step import (
-    batch_shardings,
     check_batch,
     check_batch_size,
     check_lengths,
@@ -100,7 +102,13 @@ class Run:
         self.began = time.perf_counter()
         self.experiment, self.config, self.run_dir = experiment, experiment.train, run_dir
         self.recipe = experiment.recipe()
+        check_same_code(experiment)
         self.is_pmap = self.config.parallel == "pmap"
+        if self.is_pmap and jax.process_count() > 1:
+            raise ValueError(
+                f"pmap is over the devices of one process, and there are {jax.process_count()}: "
+                "train with train.parallel 'jit'"
+            )
         self.devices = jax.local_devices() if self.is_pmap else jax.devices()
         self.mesh = make_mesh(experiment.mesh, self.devices)
         shards = num_batch_shards(self.mesh)
@@ -117,6 +125,8 @@ class Run:
         check_run_dir(run_dir, self.saved_config)
 
         where = as_path(checkpoint_dir or run_dir / "checkpoints")
+        # From here on the processes act together, and none writes before all have looked.
+        check_same_data(self.saved_config, where.is_dir())
         existing = Checkpoints(where, self.config.keep) if where.is_dir() else None
         self.step = (existing.latest() if existing else None) or 0
         if existing and self.step:
@@ -136,7 +146,8 @@ class Run:
         self.plan = self.make_plan(state, where)
         self.state = replicate(state, self.devices) if self.is_pmap else state
 
-        claim_run_dir(run_dir, self.saved_config, self.data.tokenizer)
+        if jax.process_index() == 0:
+            claim_run_dir(run_dir, self.saved_config, self.data.tokenizer)
         self.checkpoints = existing or Checkpoints(where, self.config.keep)
         settle_heap()
 
@@ -180,7 +191,7 @@ class Run:
         self.first = first = next(
             self.data.train(self.config.batch_size, self.config.seed, self.step)
         )
-        check_batch(first, self.experiment.model.vocab_size)
+        check_batch(first, self.experiment.model.vocab_size, jax.process_count() == 1)
         check_lengths(first, self.mesh)
         rows, length = first.tokens.reshape(-1, first.tokens.shape[-1]).shape
         self.shape = rows * jax.process_count(), length
@@ -210,7 +221,7 @@ class Run:
 
     def take_step(self, batch: Batch) -> Mapping:
         """Dispatches one update; returns its metrics, on the device."""
-        check_batch(batch, self.experiment.model.vocab_size)
+        check_batch(batch, self.experiment.model.vocab_size, jax.process_count() == 1)
         if self.is_pmap:
             shared = share_rows(batch, len(self.devices))
             self.state, metrics = self.compiled(self.state, shared)
@@ -231,6 +242,7 @@ class Run:
         batches = self.data.validation(self.config.batch_size)
         total, pending = None, None
         for batch in batches:
+            come_to("validation after step", self.step)
             metrics = self.evaluate(self.recipe, params, place(batch))
             # Read one batch late: the device has work meanwhile, and never a whole split in memory.
             total, pending = add(total, pending), metrics
@@ -260,11 +272,7 @@ class Run:
 
     def place(self, batch: Batch) -> Batch:
         """Returns this process's rows of a batch on the devices of the mesh."""
-        return jax.tree.map(
-            lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-            batch,
-            batch_shardings(self.mesh, batch),
-        )
+        return feed(batch, self.mesh)
 
     def make_plan(self, state: TrainState, where: Any) -> Plan:
         sizes = ", ".join(f"{name} {n}" for name, n in self.mesh.shape.items() if n > 1)

@@ -240,13 +240,18 @@ def check_batch_size(batch_size: int, micro_batches: int, num_shards: int) -> No
         )
 
 
-def check_batch(batch: Batch, vocab_size: int) -> None:
+def check_batch(batch: Batch, vocab_size: int, is_whole: bool = True) -> None:
     """Refuses, on the host, a batch that would train on nothing or on other tokens than it says.
+
+    Args:
+      batch: on the host.
+      vocab_size: of the model.
+      is_whole: whether these are all rows of the global batch; a part may weigh nothing.
 
     Raises:
       ValueError: if all weights are 0, or an id lies outside the vocabulary (jax would clamp it).
     """
-    if not np.any(batch.weights):
+    if is_whole and not np.any(batch.weights):
         raise ValueError(
             "every weight of a batch is 0, so that there is nothing to learn from it: check the "
             "loss mask of the data"
