@@ -181,7 +181,7 @@ def do_run(args: argparse.Namespace) -> int:
 
     def stop_rest(ending: Ending) -> None:
         print(f"{slice.name}: stopping the workers that are left")
-        slice.stop(workers, 60.0)
+        slice.stop(workers, 60.0, "with the others")
 
     endings = follow(slice, list(range(workers)), stop_rest=stop_rest)
     return report(slice, endings)

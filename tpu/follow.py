@@ -23,15 +23,15 @@ class Ending:
 
     Attributes:
       status: of the process; 128 + N if signal N killed it.
-      stopped: whether `python -m tpu stop` did it.
+      stopped: '' or why we stopped it: 'by hand', 'with the others'.
     """
 
     status: int
-    stopped: bool = False
+    stopped: str = ""
 
     def __str__(self) -> str:
         if self.stopped:
-            return "was stopped"
+            return f"was stopped {self.stopped}"
         if self.status == 137:
             return "was killed (status 137: out of memory, or by hand)"
         return f"ended with status {self.status}"
@@ -118,8 +118,8 @@ class Stream:
         elif line.startswith("#from "):
             self.first = int(line.split()[1])
         elif line.startswith("#ended "):
-            words = line.split()
-            self.ending = Ending(int(words[1]), "stopped" in words)
+            _, status, *why = line.split(maxsplit=2)
+            self.ending = Ending(int(status), "".join(why))
             return True
         return line == "#running"
 

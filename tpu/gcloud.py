@@ -78,7 +78,8 @@ class Done:
             return ""
         if self.status == REFUSED and self.reason:
             return "refused"
-        if self.status in (255, TIMED_OUT):
+        # A connection that was lost, that said nothing, or that we have cut.
+        if self.status in (255, TIMED_OUT) or self.status < 0:
             return "transient"
         found = (kind for kind, parts in KINDS if any(part in self.err for part in parts))
         return next(found, "other")

@@ -229,9 +229,9 @@ class Slice:
         self._say(f"started on {count(workers, 'worker')}: {shlex.join(command)}")
         return run
 
-    def stop(self, workers: int, grace: float) -> list[str]:
+    def stop(self, workers: int, grace: float, why: str = "by hand") -> list[str]:
         """Ends the run of all workers; returns what each says."""
-        words = ("stop", f"--grace={grace:g}")
+        words = ("stop", f"--grace={grace:g}", f"--why={why}")
         return self.on_all(workers, lambda w: self.agent(w, *words, timeout=grace + 120).strip())
 
     def states(self, workers: int) -> list[dict[str, Any]]:

@@ -135,14 +135,15 @@ class Watch:
 
     def _count_failure(self, states: list[dict]) -> None:
         endings = {
-            n: Ending(s["status"], bool(s.get("stopped")))
+            n: Ending(s["status"], s.get("stopped") or "")
             for n, s in enumerate(states)
             if s["state"] in ("ended", "lost")
         }
         self._raise_if_final(endings)
         self.failures += 1
-        bad = {n: ending for n, ending in endings.items() if ending.status}
-        worker, ending = next(iter(bad.items()), (0, Ending(0)))
+        bad = [(bool(e.stopped), worker, e) for worker, e in endings.items() if e.status]
+        # The first that failed by itself, and was not stopped since another had.
+        _, worker, ending = min(bad, key=lambda item: item[:2], default=(False, 0, Ending(0)))
         if self.failures > self.job.restarts:
             raise TpuError(
                 f"worker {worker} of {self.slice.name} {ending}, after {self.job.restarts} "
@@ -154,7 +155,7 @@ class Watch:
         for worker, ending in endings.items():
             if ending is None:
                 continue
-            if ending.stopped:
+            if ending.stopped == "by hand":
                 raise TpuError(f"the run of {self.slice.name} was stopped by python -m tpu stop")
             if ending.status == BAD_INPUT:
                 raise TpuError(
@@ -165,7 +166,7 @@ class Watch:
     def _stop(self, workers: int) -> None:
         self._say("stopping the workers that are left")
         # What waits for a lost worker cannot save: there is no use in a long grace.
-        self.slice.stop(workers, min(self.job.grace, 60.0))
+        self.slice.stop(workers, min(self.job.grace, 60.0), "with the others")
 
     def _usable(self) -> bool:
         return self.slice.look().kind == "ready"

@@ -106,7 +106,7 @@ def unpack(args: argparse.Namespace) -> None:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(fresh, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     RUNS.mkdir(exist_ok=True)
-    (fresh / "runs").symlink_to(RUNS)
+    (fresh / "runs").symlink_to(Path("..") / RUNS.name)
     shutil.rmtree(TREE, ignore_errors=True)
     fresh.rename(TREE)
     write(TREE_NOTE, {"tree": args.tree, "commit": args.commit})
@@ -212,12 +212,12 @@ def clear_lockfiles() -> None:
 def holder_of_tpu() -> str:
     """Returns number and name of a process that has a TPU device open; '' if none can be seen."""
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            targets = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
-            if any(target.startswith(DEVICES) for target in targets):
-                return f"{folder.name} ({(folder / 'comm').read_text().strip()})"
-        except OSError:
-            continue  # It has ended, or is another user's.
+        # A process may end, a file be closed, or both be another user's.
+        with contextlib.suppress(OSError):
+            for entry in (folder / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(entry).startswith(DEVICES):
+                        return f"{folder.name} ({(folder / 'comm').read_text().strip()})"
     return ""
 
 
@@ -244,7 +244,7 @@ def supervise(args: argparse.Namespace) -> None:
     write(RUN_NOTE, {**run, "pid": child.pid})
     status = child.wait()
     kill_group(child.pid)  # Whatever it left behind would hold the TPU.
-    stopped = read(END_NOTE).get("stopped", False)
+    stopped = read(END_NOTE).get("stopped", "")
     status = 128 - status if status < 0 else status
     write(END_NOTE, {"id": run["id"], "status": status, "stopped": stopped})
 
@@ -263,7 +263,7 @@ def stop(args: argparse.Namespace) -> None:
     while "pid" not in read(RUN_NOTE) and runs_now() and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
     run = read(RUN_NOTE)
-    write(END_NOTE, {"id": run.get("id"), "stopped": True})
+    write(END_NOTE, {"id": run.get("id"), "stopped": args.why})
     with contextlib.suppress(KeyError, ProcessLookupError):
         os.kill(run["pid"], signal.SIGTERM)
     deadline = time.monotonic() + args.grace
@@ -327,7 +327,7 @@ def follow(args: argparse.Namespace) -> None:
     if now["state"] == "running":
         say("#running")
     else:
-        say(f"#ended {now['status']}{' stopped' * bool(now.get('stopped'))}")
+        say(f"#ended {now['status']} {now.get('stopped') or ''}".rstrip())
 
 
 def say(line: str) -> None:
@@ -350,6 +350,7 @@ def parser() -> argparse.ArgumentParser:
     verbs["start"].add_argument("command", nargs="+")
     verbs["supervise"].add_argument("lock", type=int)
     verbs["stop"].add_argument("--grace", type=float, default=300.0)
+    verbs["stop"].add_argument("--why", default="by hand")
     verbs["follow"].add_argument("--first", type=int, default=0)
     verbs["follow"].add_argument("--last", type=int, default=None)
     verbs["follow"].add_argument("--once", action="store_true")

@@ -30,8 +30,8 @@ def kill_processes_of(folder: Path) -> None:
 class Cloud:
     """A folder that is Google, and a folder of commands for PATH."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.bin = folder, folder / "bin"
+    def __init__(self, folder: Path, copies: Path) -> None:
+        self.folder, self.bin, self.copies = folder, folder / "bin", copies
         self.bin.mkdir(parents=True)
         # Without site-packages Python starts in half the time, and none of these needs them.
         bare = f"{shlex.quote(sys.executable)} -S"
@@ -93,6 +93,19 @@ class Cloud:
         folder = slot(self.folder, name, request["number"], 0).parent
         kill_processes_of(folder)
         shutil.rmtree(folder)
+
+    def keep_copy(self, name: str) -> None:
+        """Keeps what there is, for other tests to begin with."""
+        for part in ("machines", "cache"):
+            shutil.copytree(self.folder / part, self.copies / name / part, symlinks=True)
+        shutil.copy(self.folder / "memory.json", self.copies / name)
+
+    def take_copy(self, name: str) -> bool:
+        """Begins with what was kept; returns whether there is any."""
+        if not (self.copies / name / "memory.json").exists():
+            return False
+        shutil.copytree(self.copies / name, self.folder, symlinks=True, dirs_exist_ok=True)
+        return True
 
     def close(self) -> None:
         kill_processes_of(self.folder)

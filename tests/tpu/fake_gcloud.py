@@ -29,7 +29,9 @@ def memory(root: Path):
         path = root / "memory.json"
         known = json.loads(path.read_text())
         yield known
-        path.write_text(json.dumps(known))
+        # Whole or not at all: a call may be killed at any moment.
+        (root / "memory.part").write_text(json.dumps(known))
+        (root / "memory.part").replace(path)
 
 
 def fail(message: str, status: int = 1):

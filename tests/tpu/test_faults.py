@@ -58,11 +58,16 @@ def test_gcloud_is_missing(cloud, capsys, monkeypatch):
 @pytest.mark.parametrize("section, name", [("compute", "zone"), ("core", "project")])
 def test_no_zone_or_project(cloud, capsys, monkeypatch, section, name):
     cloud.change(config={})
+    monkeypatch.delenv("CLOUDSDK_COMPUTE_ZONE")
+    monkeypatch.delenv("CLOUDSDK_CORE_PROJECT")
     other = {"zone": "--project=p", "project": "--zone=z"}[name]
     message = said(capsys, ["status", "pod", other])
     assert f"no {name}: pass --{name} such as" in message
     assert f"gcloud config set {section}/{name}" in message
-    # The variables that gcloud reads say it too.
+    # gcloud's configuration says it, and so do the variables that gcloud reads.
+    cloud.change(config={f"{section}/{name}": "x"})
+    assert "there is no TPU 'pod'" in said(capsys, ["status", "pod", other])
+    cloud.change(config={})
     monkeypatch.setenv(f"CLOUDSDK_{section}_{name}".upper(), "x")
     assert "there is no TPU 'pod'" in said(capsys, ["status", "pod", other])
 
@@ -149,16 +154,16 @@ def test_logs_survive_lost_connections(cloud, capsys):
     for worker in range(2):
         mine = [line for line in out if line.startswith(f"[{worker}] ")]
         assert mine == [f"[{worker}] line {i}" for i in range(1, 201)]
-    assert len(cloud.calls("follow", "--worker=0")) == 5
+    assert len(cloud.calls("lm-worker.py follow", "--worker=0")) == 5
 
 
 def test_a_silent_connection_is_made_anew(cloud, capsys, monkeypatch):
-    monkeypatch.setattr(follow, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(follow, "SILENCE_SECONDS", 3.0)
     ready(cloud, capsys)
     cloud.fail("follow", "--worker=1", how="hang")
     assert main(["run", "pod", "--", *COUNT]) == 0
     assert capsys.readouterr().out.count("[1] line") == 200
-    assert len(cloud.calls("follow", "--worker=1")) == 2
+    assert len(cloud.calls("lm-worker.py follow", "--worker=1")) >= 2
 
 
 def test_following_gives_up(cloud, capsys):
@@ -166,7 +171,7 @@ def test_following_gives_up(cloud, capsys):
     cloud.fail("follow", "--worker=1", how="unreachable", times=99)
     message = said(capsys, ["run", "pod", "--", "sleep", "30"])
     assert "worker 1: ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited" in message
-    assert len(cloud.calls("follow", "--worker=1")) == calls.ATTEMPTS
+    assert len(cloud.calls("lm-worker.py follow", "--worker=1")) == calls.ATTEMPTS
 
 
 def test_a_slice_that_was_taken_away(cloud, capsys):

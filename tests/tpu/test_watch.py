@@ -43,7 +43,7 @@ def test_creates_sets_up_and_runs(cloud, capsys, tmp_path):
     assert len(cloud.calls("queued-resources", "delete")) == 1
 
 
-@pytest.mark.parametrize("node_only", [False, True], ids=["request", "node only"])
+@pytest.mark.parametrize("node_only", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_recreates_and_resumes(cloud, capsys, tmp_path, node_only):
     def preempt():
         wait_for(lambda: at_step(tmp_path, 5))
@@ -66,6 +66,7 @@ def test_recreates_and_resumes(cloud, capsys, tmp_path, node_only):
     assert "the run is complete; the machines cost" in out
 
 
+@pytest.mark.slow
 def test_preempted_during_setup(cloud, capsys, tmp_path):
     def preempt():
         wait_for(lambda: cloud.calls("scp"))
@@ -79,6 +80,7 @@ def test_preempted_during_setup(cloud, capsys, tmp_path):
     assert capsys.readouterr().out.count("[0] complete") == 1
 
 
+@pytest.mark.slow
 def test_requests_that_fail_have_a_limit(cloud, capsys):
     cloud.change(grants=0)
     assert main([*WATCH, "--", "true"]) == 2
@@ -88,6 +90,7 @@ def test_requests_that_fail_have_a_limit(cloud, capsys):
     assert len(cloud.calls("queued-resources", "create")) == 5
 
 
+@pytest.mark.slow
 def test_failures_on_good_machines_have_a_limit(cloud, capsys):
     command = ["bash", "-c", '[ "$FAKE_WORKER" = 1 ] && exit 7; sleep 60']
     assert main([*WATCH, "--restarts=2", "--", *command]) == 2
@@ -98,6 +101,7 @@ def test_failures_on_good_machines_have_a_limit(cloud, capsys):
     assert len(cloud.calls("queued-resources", "create")) == 1
 
 
+@pytest.mark.slow
 def test_a_crash_is_resumed_on_the_same_machines(cloud, capsys, tmp_path):
     crash = f"[ $FAKE_WORKER = 0 ] && [ ! -e {tmp_path}/crashed ] && touch {tmp_path}/crashed && "
     command = resuming(tmp_path, 0.02)
@@ -114,6 +118,7 @@ def test_bad_input_is_not_tried_again(cloud, capsys):
     assert len(cloud.calls("ssh", " start ", "--worker=0")) == 1
 
 
+@pytest.mark.slow
 def test_stopped_by_hand_stays_stopped(cloud, capsys, tmp_path):
     def stop():
         wait_for(lambda: at_step(tmp_path, 3))
@@ -127,6 +132,7 @@ def test_stopped_by_hand_stays_stopped(cloud, capsys, tmp_path):
     assert len(cloud.calls("ssh", " start ", "--worker=0")) == 1
 
 
+@pytest.mark.slow
 def test_watch_comes_back_to_a_run(cloud, capsys, tmp_path):
     command = resuming(tmp_path, 0.1)
     assert main(["create", "pod", "--type=v4-16"]) == 0
