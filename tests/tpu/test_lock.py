@@ -1,4 +1,4 @@
-"""tpu/requirements.lock is a lock, of what setup.py asks for, at versions that the project takes."""
+"""tpu/requirements.lock is a lock, of what setup.py asks for, at versions the project takes."""
 
 import re
 import runpy
