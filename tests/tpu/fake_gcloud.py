@@ -18,6 +18,8 @@ ROOT = Path(os.environ.get("FAKE_GCLOUD", "."))
 # Machines of a type, as networkEndpoints of a real one has them.
 MACHINES = {"v5litepod-8": 1, "v5litepod-16": 4, "v4-16": 2}
 QUEUE = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+# Variables of the laptop that a worker would not have.
+OURS = ("JAX_PLATFORMS", "XLA_FLAGS", "LM_CACHE")
 LEAVING = ["SUSPENDING", "SUSPENDED"]
 
 
@@ -175,7 +177,7 @@ def scp(*words: str):
 def ssh(name: str, cut_after: int = 0):
     folder = machine(name)
     env = {
-        **{key: os.environ[key] for key in os.environ if key not in ("JAX_PLATFORMS", "XLA_FLAGS")},
+        **{key: value for key, value in os.environ.items() if key not in OURS},
         "HOME": str(folder),
         "LM_TPU_TMP": str(folder / "tmp"),
         "FAKE_WORKER": FLAGS["worker"],

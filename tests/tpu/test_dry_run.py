@@ -93,3 +93,16 @@ def test_the_real_calls_are_these(cloud, capsys, tmp_path):
             for calls in (real, dry)
         ]
         assert unnamed[0] == unnamed[1]
+
+
+def test_the_commands_of_the_readme(cloud, capsys):
+    text = (ROOT / "tpu/README.md").read_text()
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
+    commands = [words[3:] for words in lines if words[:3] == ["python", "-m", "tpu"]]
+    assert {words[0] for words in commands} >= {"create", "setup", "run", "watch", "delete"}
+    for words in commands:
+        cut = words.index("--") if "--" in words else len(words)
+        kind = [] if "--type" in words else ["--type=v5litepod-16"]
+        assert main([*words[:cut], *kind, *PLACE, *words[cut:]]) == 0, words
+    assert not cloud.calls()
