@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tpu.follow import Ending, follow
 from tpu.gcloud import Exists, Gcloud, NotFound, TpuError
-from tpu.slice import Slice, State
+from tpu.slice import Slice
 from tpu.topology import Topology, all_topologies, topology_of
 from tpu.tree import read_tree
 from tpu.watch import Job, Watch, check_resumes
@@ -120,15 +120,7 @@ def open_slice(args: argparse.Namespace, needs_type: bool = False) -> Slice:
 
 def ready_workers(slice: Slice) -> int:
     """Returns how many workers a slice has; TpuError if it is not ready, or of another type."""
-    return check_type(slice, slice.ready()).workers
-
-
-def check_type(slice: Slice, state: State) -> State:
-    """Returns the state of a slice; TpuError if it is of another type than was asked for."""
-    asked = slice.topology.accelerator_type if slice.topology else ""
-    if asked and state.accelerator_type not in ("", asked):
-        raise TpuError(f"{slice.name} is a {state.accelerator_type}, not the {asked} of --type")
-    return state
+    return slice.check_type(slice.ready()).workers
 
 
 def command_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -157,7 +149,7 @@ def do_create(args: argparse.Namespace) -> int:
         print(f"{slice.name} was asked for before")
     if args.no_wait:
         return 0
-    check_type(slice, slice.wait_until_ready(args.poll))
+    slice.check_type(slice.wait_until_ready(args.poll))
     if not args.dry_run:
         print(f"it costs until python -m tpu delete {slice.name}; next: setup, then run")
     return 0

@@ -147,6 +147,13 @@ class Slice:
             )
         return state
 
+    def check_type(self, state: State) -> State:
+        """Returns the state of a slice; TpuError if it is of another type than was asked for."""
+        asked = self.topology.accelerator_type if self.topology else ""
+        if asked and state.accelerator_type not in ("", asked):
+            raise TpuError(f"{self.name} is a {state.accelerator_type}, not the {asked} of --type")
+        return state
+
     def on_all(self, workers: int, call: Callable[[int], T]) -> list[T]:
         """Calls a function for every worker at once; returns what it returns.
 
@@ -237,7 +244,7 @@ class Slice:
     def states(self, workers: int) -> list[dict[str, Any]]:
         """Returns the state of the run of each worker, as tpu/worker.py tells it."""
         said = self.on_all(workers, lambda worker: self.agent(worker, "state"))
-        return [json.loads(text or "{}") for text in said]
+        return [json.loads(text.strip().rpartition("\n")[2] or "{}") for text in said]
 
     def _say(self, line: str) -> None:
         if not self.gcloud.dry_run:

@@ -53,6 +53,7 @@ class Watch:
     def __init__(self, slice: Slice, job: Job) -> None:
         self.slice, self.job = slice, job
         self.requests = self.failures = self.errors = 0
+        self.began = False  # Whether a run was seen to go on: what ended before is not counted.
 
     def run(self) -> None:
         """Returns once all workers have ended well.
@@ -61,8 +62,9 @@ class Watch:
           TpuError: if the run fails on machines that are well, or the slice cannot be had.
         """
         while True:
-            state = self.slice.look()
+            state = self._look()
             if state.kind == "ready":
+                self.slice.check_type(state)
                 self.requests = 0
                 if self._on_machines(state):
                     return
@@ -80,6 +82,7 @@ class Watch:
         try:
             if self._finished(state.workers):
                 return True
+            self.began = True
             endings = follow(
                 self.slice,
                 list(range(state.workers)),
@@ -124,7 +127,7 @@ class Watch:
         same_tree = all(s.get("tree") == job.tree.fingerprint for s in states)
         if ours and kinds == {"ended"} and all(s["status"] == 0 for s in states):
             return True
-        if ours and same_tree and kinds != {"none"}:
+        if self.began and ours and same_tree and kinds != {"none"}:
             self._count_failure(states)
         if "running" in kinds:
             self._stop(workers)
@@ -169,11 +172,22 @@ class Watch:
         self.slice.stop(workers, min(self.job.grace, 60.0), "with the others")
 
     def _usable(self) -> bool:
-        return self.slice.look().kind == "ready"
+        return self._look().kind == "ready"
+
+    def _look(self) -> State:
+        """Looks at the slice, for as long as it takes if Google cannot be reached from here."""
+        for _ in range(MAX_LOOKS):
+            try:
+                return self.slice.look()
+            except Unreachable as error:
+                self._say(str(error))
+                calls.wait(self.job.poll)
+        return self.slice.look()
 
     def _replace(self, state: State) -> None:
         """Deletes a slice that is of no use any more, and waits until it is gone."""
         self.failures = self.errors = 0
+        self.began = False
         if state.detail.startswith("FAILED"):
             self.requests += 1
             if self.requests >= MAX_REQUESTS:
@@ -185,7 +199,7 @@ class Watch:
         for _ in range(MAX_LOOKS):
             with contextlib.suppress(NotFound):
                 self.slice.delete()
-            if self.slice.look().kind == "missing":
+            if self._look().kind == "missing":
                 return
             calls.wait(self.job.poll)
         raise TpuError(f"{self.slice.name} was to be deleted and is still there")

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from tests.tpu.cloud import wait_for
+from tests.tpu.test_flow import ready
 from tpu import follow
 from tpu.cli import main
 
@@ -130,6 +131,22 @@ def test_stopped_by_hand_stays_stopped(cloud, capsys, tmp_path):
     thread.join()
     assert "was stopped by python -m tpu stop" in capsys.readouterr().err
     assert len(cloud.calls("ssh", " start ", "--worker=0")) == 1
+    # Until somebody watches it again.
+    assert main([*WATCH, "--", *resuming(tmp_path, 0)]) == 0
+    assert capsys.readouterr().out.count("[1] complete") == 1
+
+
+@pytest.mark.slow
+def test_an_outage_here_is_waited_out(cloud, capsys, tmp_path):
+    cloud.fail("queued-resources describe", how="unavailable", times=13)
+    assert main([*WATCH, "--", *resuming(tmp_path, 0)]) == 0
+    assert "describe pod failed 5 times" in capsys.readouterr().out
+
+
+def test_another_type_is_refused(cloud, capsys):
+    ready(cloud, capsys, "v5litepod-8")
+    assert main([*WATCH, "--", "true"]) == 2
+    assert "pod is a v5litepod-8, not the v4-16 of --type" in capsys.readouterr().err
 
 
 @pytest.mark.slow
