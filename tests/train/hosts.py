@@ -24,7 +24,7 @@ def experiment():
     return Experiment(
         name="tiny",
         model=teeny_gpt(
-            vocab_size=32, max_length=32, num_features=16, num_heads=4, num_layers=1,
+            vocab_size=29, max_length=32, num_features=16, num_heads=4, num_layers=1,
             mlp_multiplier=2, dropout=0.1,
         ),
         data=TextData("text:{text}", "teeny_gpt", length=16),
