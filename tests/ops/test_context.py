@@ -74,8 +74,8 @@ def softmax_by_hand(q, k, v, mask, bias_NTS=None, scale=None, softcap=None, sink
     return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
-def agrees(mesh, function, floats, mask, options):
-    """Asserts that a function under a mesh equals the definition, with all gradients, to 1e-5."""
+def agrees(mesh, function, floats, mask, options, tolerance=1e-5):
+    """Asserts that a function under a mesh equals the definition, with all gradients."""
     weigh = draw(*floats["q"].shape[:3], floats["v"].shape[-1], seed=9)
 
     def run(function, floats):
@@ -94,7 +94,9 @@ def agrees(mesh, function, floats, mask, options):
     assert found.keys() == expected.keys() and len(found["out"].sharding.device_set) == mesh.size
     for name, theirs in expected.items():
         scale = max(1.0, float(jnp.abs(theirs).max()))
-        np.testing.assert_allclose(found[name], theirs, atol=1e-5 * scale, rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], theirs, atol=tolerance * scale, rtol=0, err_msg=name
+        )
 
 
 # --- equality --------------------------------------------------------------------------------
@@ -205,6 +207,24 @@ def test_equals_one_device_whatever_is_asked(seed, way):
         block = int(np.random.default_rng(seed).integers(1, 8))
         function = partial(ring_in_blocks, block=block)
     agrees(mesh, function, *call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16_is_summed_in_float32(way):
+    """What goes round a ring in bfloat16 is added up in fp32: the definition's, but for rounding
+    of operands, outputs and gradients."""
+    floats, mask, options = case("all of it", T=64)
+    rounded = {name: x.astype(jnp.bfloat16).astype(jnp.float32) for name, x in floats.items()}
+
+    def function(q, k, v, mask, *, bias_NTS, sink_N, **options):
+        low = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        options |= dict(bias_NTS=bias_NTS, sink_N=sink_N, context_parallel=way)
+        out = attend(*low, mask, **options)
+        assert out.dtype == jnp.bfloat16
+        return out.astype(jnp.float32)
+
+    agrees(mesh_of(sequence=8), function, rounded, mask, options, tolerance=2e-2)
 
 
 def test_ulysses_leaves_attention_to_the_backend():

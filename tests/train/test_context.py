@@ -1,6 +1,9 @@
 """Training on meshes that divide the places of every row, against one device."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -156,6 +159,63 @@ def test_a_step_with_a_ring_gathers_no_activations():
     assert " collective-permute(" in text and " all-to-all(" not in text
 
 
+COMPILE_FOR_TPU = """
+import re
+from collections import Counter
+
+import jax
+from jax.experimental import topologies
+
+from lm.core.batch import Batch
+from lm.core.mesh import MeshShape, make_mesh
+from lm.models.families.llama import llama
+from lm.ops.attention import choices
+from lm.train.objectives import Generative
+from lm.train.optimizer import AdamW
+from lm.train.schedule import Constant
+from lm.train.state import Recipe, abstract_state
+from lm.train.step import jit_step
+
+chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = make_mesh(MeshShape(data=1, sequence=4), chips)
+model = llama(
+    vocab_size=256, num_features=256, num_heads=4, num_kv_heads=2, num_layers=2, mlp_features=256
+)
+ids = jax.ShapeDtypeStruct((4, 512), "int32")
+batch = Batch(ids, ids, jax.ShapeDtypeStruct((4, 512), "float32"), ids, ids)
+for way in ("ulysses", "ring"):
+    recipe = Recipe(
+        model, Generative(), AdamW(Constant(1e-3)), dtype="bfloat16", context_parallel=way
+    ).over(3)
+    step, state = jit_step(recipe, mesh), abstract_state(recipe)
+    with choices() as found:
+        lowered = step.lower(state, batch)
+    text = lowered.compile().as_text()
+    print([choice.backend for choice in dict.fromkeys(found)], text.count("tpu_custom_call"))
+    of_floats = re.findall(r" = .*(?:bf16|f32)\\[.* (all-to-all|all-gather)(?:-start)?\\(", text)
+    print(Counter(of_floats), "collective-permute" in text)
+"""
+
+
+@pytest.mark.slow
+def test_both_ways_compile_for_a_tpu():
+    """Ahead of time, for four chips of a v5e: Ulysses around the splash kernel, forwards and twice
+    backwards in the loop over layers, with its eight exchanges; a ring that gathers no floats."""
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs: pip install libtpu")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # Nothing here touches a chip.
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_FOR_TPU], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [
+        "['splash'] 3",
+        "Counter({'all-to-all': 8}) False",
+        "['ring'] 0",
+        "Counter() True",
+    ]
+
+
 # --- a run -----------------------------------------------------------------------------------
 
 
@@ -171,7 +231,7 @@ def test_a_run_goes_on_on_another_mesh_the_other_way(tmp_path, monkeypatch):
     """Ring over four devices, then Ulysses over two: losses and validations of plain data."""
     plain = toy_experiment(steps=10, eval_every=5)
     run_of(plain, tmp_path / "plain")
-    train = replace(plain.train, context_parallel="ring", micro_batches=2)
+    train = replace(plain.train, context_parallel="ring")
     ring = replace(plain, mesh=MeshShape(data=2, sequence=4), train=train)
     take_step = Run.take_step
 
