@@ -8,7 +8,7 @@ from collections.abc import Sequence
 USAGE = """usage: lm COMMAND ...
 
   train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
-  plan EXPERIMENT       what its step costs on a TPU slice, compiled for it without one
+  plan EXPERIMENT       what its step costs on a TPU slice or another device, without one
   generate MODEL        continue prompts
   chat MODEL            talk with a model
   classify MODEL        label texts
@@ -41,8 +41,9 @@ COMMANDS = {
 # Commands of an experiment, whose other options are its fields, and their own options.
 OF_EXPERIMENTS = {
     "train": ("--run-dir", "--checkpoint-dir", "--platform", "--profile"),
-    "plan": ("--topology",),
+    "plan": ("--topology", "--device", "--largest-batch"),
 }
+FLAGS = ("--largest-batch",)  # Those without a value.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +100,9 @@ def split_options(words: list[str], known: Sequence[str]) -> tuple[dict[str, str
         if name not in known:
             rest.append(name + equals + value)
             continue
-        if not equals:
+        if name in FLAGS:
+            value = value or "yes"
+        elif not equals:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"{name} needs a value")
             value = words.pop(0)

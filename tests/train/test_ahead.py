@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 from lm.cli import main
-from lm.train.ahead import plan_ahead
-from lm.train.plan import Cost, Plan, chip_of, make_plan
+from lm.train.ahead import plan_ahead, too_large_or
+from lm.train.chips import chip_of
+from lm.train.hlo import Collective
+from lm.train.plan import Cost, DoesNotFit, Plan, make_plan
 from lm.train.state import Recipe, abstract_state
 from tests.train.toy import toy_experiment
 
@@ -26,19 +29,26 @@ def plan_of(cost: Cost, kind: str = "TPU v4", count: int = 2) -> Plan:
     return make_plan(recipe, abstract_state(recipe), (4, 12), cost, {}, chips(kind, count))
 
 
-def test_the_roofline_is_the_longer_of_products_and_traffic():
-    """Of two v4 chips, 275 TFLOP/s and 1,228 GB/s each by the data sheet."""
+def test_the_roofline_is_the_longest_of_products_traffic_and_links():
+    """Of two v4 chips, 275 TFLOP/s, 1,228 GB/s and 6 links of 50 GB/s each by the data sheets."""
+    sent = (Collective("all-gather", 3, 4e5), Collective("all-reduce", 2, 2e5))
     cost = Cost(temporary_bytes=10**9, argument_bytes=1_228_000, output_bytes=614_000)
     plan = plan_of(cost)
-    assert plan.roofline == pytest.approx((plan.flops_per_step / 550e12, 1.5e-6), rel=1e-12)
+    products = plan.flops_per_step / 550e12
+    assert plan.roofline == pytest.approx((products, 1.5e-6, 0), rel=1e-12)
+    assert plan.mfu_bound == pytest.approx(products / 1.5e-6, rel=1e-12)
     text = plan.bounds()
-    assert (
-        text["roofline"].startswith("1.5e-06 s a step")
-        and "32,000,000 tokens/s" in text["roofline"]
-    )
-    assert text["fits"] == "1.00 GB of 32.00 GB per device"
-    full = Cost(temporary_bytes=32 * 10**9, argument_bytes=10**6, output_bytes=10**6)
-    assert plan_of(full).bounds()["DOES NOT FIT"] == "32.00 GB of 32.00 GB per device"
+    assert text["roofline"].startswith("1.5e-06 s a step") and "collectives" not in text
+    # 48 tokens in 1.5 microseconds, and 86,400 seconds a day.
+    assert text["at most"].endswith("32,000,000 tokens/s, 2.76e+12 tokens a day")
+    assert text["fits"].startswith("1.00 GB of 34.36 GB per device: 1.2 MB of arguments")
+    sending = plan_of(replace(cost, collectives=sent))
+    assert sending.roofline == pytest.approx((products, 1.5e-6, 2e-6), rel=1e-12)
+    text = sending.bounds()
+    assert text["collectives"].startswith("3 all-gather of 0.4 MB; 2 all-reduce of 0.2 MB")
+    assert text["links"].startswith("2e-06 s if all 6 of a chip are busy, 6e-06 s in rings")
+    full = Cost(temporary_bytes=32 * 2**30, argument_bytes=10**6, output_bytes=10**6)
+    assert plan_of(full).bounds()["DOES NOT FIT"].startswith("34.36 GB of 34.36 GB per device")
 
 
 def test_nothing_is_said_of_what_is_not_known():
@@ -51,9 +61,27 @@ def test_nothing_is_said_of_what_is_not_known():
 def test_refusals(monkeypatch, capsys):
     assert main(["plan", "headlines"]) == 2
     assert "--topology names the slice" in capsys.readouterr().err
+    assert main(["plan", "gpt2_124m_v5e8", "--topology", "v5e:2x4", "--device", "h200"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert main(["plan", "gpt2_124m_v5e8", "--device", "h300"]) == 2
+    assert "--device is one of cpu, a100, " in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'lm\[plan\]'"):
         plan_ahead(toy_experiment(), "v5e:2x2")
+
+
+def test_a_compiler_that_finds_no_room_is_quoted_with_its_numbers():
+    """In the words of libtpu 0.0.52."""
+    error = RuntimeError(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 24.36G of 15.75G hbm. Exceeded hbm capacity by 8.61G.\n\nTotal hbm usage"
+    )
+    found = too_large_or(error, 8, "TPU v5 lite")
+    assert isinstance(found, DoesNotFit)
+    assert str(found).startswith("the step needs 24.36G of a chip's 15.75G, on 8 x TPU v5 lite")
+    other = too_large_or(RuntimeError("INTERNAL: no such thing\nat line 3"), 8, "TPU v5 lite")
+    assert not isinstance(other, DoesNotFit)
+    assert str(other) == "the step does not compile for 8 x TPU v5 lite: INTERNAL: no such thing"
 
 
 COMPILE = """
