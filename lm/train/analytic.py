@@ -139,10 +139,11 @@ def activation_bytes(recipe: Recipe, mesh: Any, params: Any, here: Tokens) -> fl
 
         full, offload    a stream
         dots             a (stream + outputs)
-        none             a (stream + outputs + inputs + 2 hidden) + 8 norms + 4 heads
+        none             a (stream + outputs + inputs + 2 hidden) + n norms + 4 heads
 
-    since 'none' keeps what a product or an activation function differentiates, norms compute in
-    fp32, and attention in blocks keeps the sum of each row; attention that holds all scores
+    since 'none' keeps what a product or an activation function differentiates, norms keep their
+    input and what it is normalised to in fp32 (n = 8; in an fp32 model the input is there already,
+    n = 4), and attention in blocks keeps the sum of each row; attention that holds all scores
     (shorter rows, or by name) keeps (4 + a) heads length more. To this come, for every policy but
     'none', what one repeat keeps by 'none' while its gradient is taken; the hidden states with
     their gradients; and the logits of as many places as the loss takes at a time, three times in
@@ -156,7 +157,7 @@ def activation_bytes(recipe: Recipe, mesh: Any, params: Any, here: Tokens) -> fl
     """
     widths, a = widths_of(recipe, mesh, params), 2 if recipe.dtype == "bfloat16" else 4
     everything = a * (widths.stream + widths.outputs + widths.inputs + 2 * widths.hidden)
-    everything += 8 * widths.norms + 4 * widths.heads
+    everything += (8 if a == 2 else 4) * widths.norms + 4 * widths.heads
     if recipe.attention == "reference" or here.length < FLASH_LENGTH:
         everything += (4 + a) * widths.heads * here.length
     kept = {

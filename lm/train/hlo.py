@@ -50,6 +50,8 @@ CALLED = re.compile(
 TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 CONSTANT = re.compile(r"^(\d+)\)")
 GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,\s]*)\}")
+GROUPS_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+MESH_AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 GROUPS_COUNTED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 PARTITIONS = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
 
@@ -183,10 +185,19 @@ def bytes_sent(kind: str, instruction: Instruction, devices: int, in_place: bool
 
 
 def group_size(attributes: str, devices: int) -> int:
+    """Returns how many devices a collective joins, as its attributes say in one of three ways.
+
+    They are {{0,1},{2,3}}, [2,2]<=[4] (groups by size), or mesh['x'=2,'y'=2] {'y'}: the axes over
+    which it goes, 'y':(1)2 being 2 of an axis. Where nothing is said it is all devices.
+    """
     if counted := GROUPS_COUNTED.search(attributes):
         return int(counted[2])
     if listed := GROUPS_LISTED.search(attributes):
         return len(listed[1].split(","))
+    if named := GROUPS_NAMED.search(attributes):
+        sizes = {name: int(size) for name, size, _ in MESH_AXIS.findall(named[1])}
+        joined = MESH_AXIS.findall(named[2])
+        return math.prod(int(part or sizes[name]) for name, _, part in joined)
     return devices
 
 

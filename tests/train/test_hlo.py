@@ -77,6 +77,24 @@ def test_a_program_written_by_hand():
     )
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("{}", 8),
+        ("mesh['axis_0'=8] {'axis_0'}", 8),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_1'}", 4),
+        ("mesh['a'=2,'b'=4] {'a','b':(1)2}", 4),
+    ],
+)
+def test_groups_in_every_spelling(groups, size):
+    text = LOOP.replace("replica_groups=[2,4]<=[8]", f"replica_groups={groups}")
+    found = {each.kind: each.bytes for each in collectives(text)}
+    expected = 5 * 2 * (16 * 4 * 4) * (size - 1) / size
+    assert found["all-reduce"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_loop_of_unknown_length_counts_once():
     text = LOOP.replace('"known_trip_count":{"n":"5"},', "")
     assert {c.kind: c.count for c in collectives(text)}["all-reduce"] == 1
