@@ -2,8 +2,8 @@
 
     lm plan experiments/gpt2_124m_v5e8.py --topology v5e:2x4
 
-The batch is the paper's, 512 rows of 1,024. Every chip holds all parameters and has its own rows, 16
-at a time, so that nothing is computed again.
+The batch is the paper's, 512 rows of 1,024. Every chip holds all parameters and has its own rows,
+eight at a time, so that nothing is computed again.
 The report is docs/plans/gpt2_124m_v5e8.md. Data are random ids: put a corpus in place to train.
 """
 
@@ -25,7 +25,7 @@ def experiment() -> Experiment:
         train=TrainConfig(
             steps=100_000,
             batch_size=512,
-            micro_batches=4,
+            micro_batches=8,
             dtype="bfloat16",
             remat="none",
             attention="splash",

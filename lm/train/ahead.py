@@ -25,9 +25,14 @@ NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    # One process at a time may hold a TPU; compilers do not mind each other.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # How libtpu says that a step is too large, and the two numbers of it.
-TOO_LARGE = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")
+SIZE = r"([\d.]+[KMGT]?)"
+TOO_LARGE = re.compile(
+    rf"Used {SIZE} of {SIZE} hbm|required for .*?\({SIZE}\) exceeds available HBM \({SIZE}\)"
+)
 
 
 def plan_ahead(experiment: Experiment, topology: str, tokenizer: Any = None) -> Plan:
@@ -101,7 +106,7 @@ def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 def too_large_or(error: Exception, count: int, kind: str) -> ValueError:
     """Returns what a compiler's error means: that the step is too large, or else its first line."""
     if found := TOO_LARGE.search(str(error)):
-        used, there = found.groups()
+        used, there = filter(None, found.groups())
         return DoesNotFit(
             f"the step needs {used} of a chip's {there}, on {count} x {kind}: choose a smaller "
             "batch, more micro-batches, another remat (full takes least) or more chips"

@@ -71,15 +71,22 @@ def test_refusals(monkeypatch, capsys):
         plan_ahead(toy_experiment(), "v5e:2x2")
 
 
-def test_a_compiler_that_finds_no_room_is_quoted_with_its_numbers():
-    """In the words of libtpu 0.0.52."""
-    error = RuntimeError(
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-        "hbm. Used 24.36G of 15.75G hbm. Exceeded hbm capacity by 8.61G.\n\nTotal hbm usage"
-    )
-    found = too_large_or(error, 8, "TPU v5 lite")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 24.36G of "
+        "15.75G hbm. Exceeded hbm capacity by 8.61G.\n\nTotal hbm usage",
+        "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (24.36G) exceeds available HBM (15.75G). HLO module: jit_step.",
+    ],
+)
+def test_a_compiler_that_finds_no_room_is_quoted_with_its_numbers(words):
+    found = too_large_or(RuntimeError(f"RESOURCE_EXHAUSTED: {words}"), 8, "TPU v5 lite")
     assert isinstance(found, DoesNotFit)
     assert str(found).startswith("the step needs 24.36G of a chip's 15.75G, on 8 x TPU v5 lite")
+
+
+def test_another_error_of_a_compiler_keeps_its_first_line():
     other = too_large_or(RuntimeError("INTERNAL: no such thing\nat line 3"), 8, "TPU v5 lite")
     assert not isinstance(other, DoesNotFit)
     assert str(other) == "the step does not compile for 8 x TPU v5 lite: INTERNAL: no such thing"
