@@ -167,7 +167,7 @@ def activation_bytes(recipe: Recipe, mesh: Any, params: Any, here: Tokens) -> fl
     features = widths.stream // widths.repeats
     places = here.rows * here.length
     vocabulary = recipe.model.vocab_size
-    at_once = max(1, CHUNK_BYTES // (4 * here.all_rows * vocabulary))
+    at_once = max(1, CHUNK_BYTES * mesh.size // (4 * here.all_rows * vocabulary))
     logits = here.rows * min(at_once, here.length) * vocabulary / mesh.shape["tensor"]
     return places * (kept + 4 * a * features) + 3 * 4 * logits
 

@@ -32,6 +32,7 @@ class Collective:
 class Instruction(NamedTuple):
     """One line of a computation: `name = shape opcode(operands), attributes`."""
 
+    name: str
     shape: str
     opcode: str
     rest: str
@@ -40,7 +41,8 @@ class Instruction(NamedTuple):
 Program = dict[str, list[Instruction]]
 
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-ASSIGNED = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ")
+ASSIGNED = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+CHANNEL = re.compile(r"channel_id=\d+")
 OPCODE = re.compile(r"\s*([\w\-]+)\((.*)$")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 CALLED = re.compile(
@@ -70,17 +72,25 @@ def collectives(text: str) -> tuple[Collective, ...]:
     """
     entry, program = parse(text)
     devices = math.prod(int(number) for _, number in PARTITIONS.findall(text.partition("\n")[0]))
-    found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    copies: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    sizes: dict[tuple[str, str], float] = {}
     for times, computation, instruction in executed(entry, program):
         kind = kind_of(instruction, computation)
         if kind is None:
             continue
-        sent = bytes_sent(kind, instruction, devices, in_place=computation.startswith(SCATTERS))
-        found[kind][0] += times
-        found[kind][1] += times * sent
-    return tuple(
-        Collective(kind, int(found[kind][0]), found[kind][1]) for kind in KINDS if kind in found
-    )
+        channel = CHANNEL.search(instruction.rest)
+        which = kind, channel[0] if channel else instruction.name
+        copies[which][instruction.name] += times
+        sizes[which] = bytes_sent(
+            kind, instruction, devices, in_place=computation.startswith(SCATTERS)
+        )
+    found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for which, names in copies.items():
+        # Sent bit by bit beside other work, one collective stands in several computations.
+        count, sent = found[which[0]]
+        times = max(names.values())
+        found[which[0]] = count + times, sent + times * sizes[which]
+    return tuple(Collective(kind, *found[kind]) for kind in KINDS if kind in found)
 
 
 def parse(text: str) -> tuple[str, Program]:
@@ -96,7 +106,7 @@ def parse(text: str) -> tuple[str, Program]:
         elif current is not None and (assigned := ASSIGNED.match(line)):
             shape, rest = split_shape(line[assigned.end() :])
             if operation := OPCODE.match(rest):
-                current.append(Instruction(shape, operation[1], operation[2]))
+                current.append(Instruction(assigned[1], shape, operation[1], operation[2]))
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY")
     return entry, program

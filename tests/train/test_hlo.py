@@ -54,9 +54,21 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
   ROOT %cut = bf16[1,6]{1,0} dynamic-slice(%all-reduce.2, %i, %z), dynamic_slice_sizes={1,6}
 }
 
+%async_fusion.1 (p.1: bf16[4,6]) -> bf16[8,6] {
+  %p.1 = bf16[4,6]{1,0} parameter(0)
+  ROOT %all-gather.8 = bf16[8,6]{1,0} all-gather(%p.1), channel_id=11, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+
+%async_fusion.2 (p.2: bf16[4,6]) -> bf16[8,6] {
+  %p.2 = bf16[4,6]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[8,6]{1,0} all-gather(%p.2), channel_id=11, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+
 ENTRY %main (x: f32[16,4], y: bf16[8,6]) -> f32[16,4] {
   %y = bf16[8,6]{1,0} parameter(1)
   %fusion = bf16[1,6]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.2
+  %start = bf16[8,6]{1,0} fusion(%p.9), kind=kCustom, calls=%async_fusion.1
+  %done = bf16[8,6]{1,0} fusion(%start), kind=kCustom, calls=%async_fusion.2
   %all-gather-start.1 = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%z), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
   %all-gather-done.1 = f32[16,4]{1,0} all-gather-done(%all-gather-start.1)
   %collective-permute-start = (f32[16,4]{1,0}, f32[16,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%w), channel_id=9, source_target_pairs={{0,1},{1,0}}
@@ -66,10 +78,13 @@ ENTRY %main (x: f32[16,4], y: bf16[8,6]) -> f32[16,4] {
 
 
 def test_a_program_written_by_hand():
-    """A loop of 5 rounds holds one of 3, whose number stands in its condition alone."""
+    """A loop of 5 rounds holds one of 3, whose number stands in its condition alone.
+
+    Two fusions, by their channel, are halves of one collective.
+    """
     whole = 16 * 4 * 4
     assert collectives(LOOP) == (
-        Collective("all-gather", 1, whole * 7 / 8),
+        Collective("all-gather", 2, whole * 7 / 8 + 8 * 6 * 2 / 2),
         Collective("reduce-scatter", 1, 8 * 6 * 2 * 7 / 8),
         Collective("all-reduce", 5, 5 * 2 * whole * 3 / 4),
         Collective("all-to-all", 15, 15 * whole / 2),
