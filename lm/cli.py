@@ -11,7 +11,7 @@ USAGE = """usage: lm COMMAND ...
   train EXPERIMENT      train experiments/NAME.py, or go on where it stopped
   launch -- lm train EXPERIMENT
                         train by several processes, and watch them
-  plan EXPERIMENT       what its step costs on a TPU slice, compiled for it without one
+  plan EXPERIMENT       what its step costs on a TPU slice or another device, without one
   generate MODEL        continue prompts
   chat MODEL            talk with a model
   classify MODEL        label texts
@@ -44,8 +44,9 @@ COMMANDS = {
 # Commands of an experiment, whose other options are its fields, and their own options.
 OF_EXPERIMENTS = {
     "train": ("--run-dir", "--checkpoint-dir", "--platform", "--profile"),
-    "plan": ("--topology",),
+    "plan": ("--topology", "--device", "--largest-batch"),
 }
+FLAGS = ("--largest-batch",)  # Those without a value.
 # Of a command that several processes run together: see `lm.core.distributed`.
 OF_HOSTS = ("--coordinator", "--num-processes", "--process-id", "--join-timeout")
 
@@ -112,7 +113,9 @@ def split_options(words: list[str], known: Sequence[str]) -> tuple[dict[str, str
         if name not in known:
             rest.append(name + equals + value)
             continue
-        if not equals:
+        if name in FLAGS:
+            value = value or "yes"
+        elif not equals:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"{name} needs a value")
             value = words.pop(0)

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 
+from lm.core.mesh import make_mesh, num_batch_shards
 from lm.core.overrides import apply_overrides, list_fields
 from lm.data.instructions import InstructionData, Instructions
 from lm.data.labelled import LabelledData
@@ -17,11 +19,13 @@ from lm.infer.generate import generate
 from lm.infer.rows import encode
 from lm.interop.loaded import Loaded
 from lm.opening import load, start
-from lm.train.ahead import plan_ahead
+from lm.train.ahead import batch_shapes, plan_step, topology_devices
+from lm.train.analytic import abstract_mesh, plan_device
 from lm.train.experiment import Experiment, load_experiment
 from lm.train.loop import Result
 from lm.train.loop import train as run_training
 from lm.train.metrics import read_metrics
+from lm.train.search import largest_batches, table
 
 SAMPLE_TOKENS = 100
 NUM_ASKED = 3  # Questions of the test split that a chat model answers at the end.
@@ -79,18 +83,38 @@ def train_and_report(
     return result
 
 
-def plan(path: str, overrides: Sequence[str] = (), topology: str = "") -> None:
-    """Prints what a step of an experiment costs on a TPU slice, and where its bounds are.
+def plan(
+    path: str,
+    overrides: Sequence[str] = (),
+    topology: str = "",
+    device: str = "",
+    largest_batch: str = "",
+) -> None:
+    """Prints what a step of an experiment costs on hardware that is not here, and its bounds.
 
     Args:
       path: `experiments/NAME.py`, or NAME.
       overrides: `--field value` pairs.
-      topology: such as 'v5e:2x2'.
+      topology: a TPU slice to compile for, such as 'v5e:2x2'.
+      device: a kind of device to reckon with instead, such as 'h200'.
+      largest_batch: 'yes' to search for the largest batch that fits, too.
     """
-    if not topology:
-        raise ValueError("--topology names the slice to plan for, such as v5e:2x2")
+    if bool(topology) == bool(device):
+        raise ValueError(
+            "--topology names the slice to plan for, such as v5e:2x2, or --device a kind of "
+            "device, such as h200: give one of them"
+        )
     experiment = apply_overrides(load_experiment(path), overrides)
-    print(plan_ahead(experiment, topology, start(experiment).get("tokenizer")))
+    if topology:
+        devices = topology_devices(topology)
+        plan_of, mesh = partial(plan_step, devices), make_mesh(experiment.mesh, devices)
+    else:
+        plan_of, mesh = partial(plan_device, device), abstract_mesh(experiment.mesh)
+    batch = batch_shapes(experiment, start(experiment).get("tokenizer"))
+    print(plan_of(experiment, batch), flush=True)
+    if largest_batch:
+        unit = num_batch_shards(mesh) * (experiment.train.micro_batches or 1)
+        print(table(largest_batches(experiment, batch, unit, plan_of)))
 
 
 def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> None:
@@ -164,12 +188,17 @@ HELP = {
         "",
     ],
     "plan": [
-        "usage: lm plan EXPERIMENT --topology NAME [--FIELD VALUE ...]",
+        "usage: lm plan EXPERIMENT (--topology NAME | --device NAME) [--largest-batch]",
+        "               [--FIELD VALUE ...]",
         "",
-        "Compiles the step of experiments/NAME.py (or NAME) for a TPU slice, on any machine, and",
-        "prints its parameters, memory, FLOPs and the bounds of its time. Needs lm[plan].",
+        "Prints the parameters, memory and FLOPs of a step of experiments/NAME.py (or NAME), and",
+        "the bounds of its time, on hardware that need not be here.",
         "",
-        "  --topology NAME        the slice, such as v5e:2x2",
+        "  --topology NAME        a TPU slice, such as v5e:2x2, whose compiler says what the step",
+        "                         takes and sends; needs lm[plan]",
+        "  --device NAME          by arithmetic alone: a100, a100-80gb, h100, h200, v4, v5e, v5p,",
+        "                         v6e, or cpu for this machine; as many as --mesh says",
+        "  --largest-batch        also the largest batch that fits, for every remat policy",
         "",
     ],
 }

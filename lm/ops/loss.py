@@ -7,12 +7,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import AxisType, PartitionSpec
 
-from lm.core.mesh import PLACES_AXIS, automatic_axes
+from lm.core.mesh import BATCH_AXES, PLACES_AXIS, automatic_axes
 
 Array = jax.Array
 
-# Logits are held for so many places at a time that they take this many bytes, as fp32.
+# Logits are held for so many places at a time that a device's take this many bytes, as fp32.
 CHUNK_BYTES = 1 << 26
 
 
@@ -116,10 +117,11 @@ def head_cross_entropy(
       x_BTD: hidden states.
       targets_BT, weights_BT, options: as of `cross_entropy`.
       vocab_size: V.
-      chunk_bytes: of the fp32 logits that may be held.
+      chunk_bytes: of the fp32 logits that a device may hold. Every chunk gathers a head that is
+        divided over devices, and adds up its gradient, so that they are not to be many.
     """
     B, T, _ = x_BTD.shape
-    at_once = max(1, chunk_bytes // (4 * B * vocab_size))
+    at_once = max(1, chunk_bytes * _num_devices() // (4 * B * vocab_size))
     if at_once >= T:
         return cross_entropy(unembed(x_BTD), targets_BT, weights_BT, **options)
     # Of the places of each device some are in every chunk, so that none has to be moved.
@@ -140,6 +142,31 @@ def head_cross_entropy(
     # What `unembed` closes over becomes arguments, so that it gets a gradient.
     unembed, closed_over = jax.closure_convert(unembed, x[0])
     return _sum_chunks(partial(_chunk, unembed, options), x, targets, weights, *closed_over)
+
+
+def _num_devices() -> int:
+    """Returns over how many devices the compiler divides what is traced, the logits too."""
+    return math.prod(_automatic_axes().values())
+
+
+def _automatic_axes() -> dict[str, int]:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
+def _keep_rows(x_BCD: Array) -> Array:
+    """Returns an activation with its rows divided as the batch's.
+
+    A compiler that is left to choose may divide D instead, as it finds the head divided, and then
+    gathers the logits' gradients of all rows in every chunk.
+    """
+    axes = _automatic_axes()
+    rows = tuple(axis for axis in BATCH_AXES if axes.get(axis, 1) > 1)
+    if not rows or len(x_BCD) % math.prod(axes[axis] for axis in rows):
+        return x_BCD
+    open_dim = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x_BCD, PartitionSpec(rows, open_dim, open_dim))
 
 
 def _chunk(unembed, options, x_BCD, targets_BC, weights_BC, *closed_over) -> CrossEntropy:
@@ -175,10 +202,11 @@ def _forward(chunk, x, targets, weights, *closed_over):
             new = chunk(x_BCD, *rest, *own)
             return new.loss, new
 
+        x_BCD = _keep_rows(x_BCD)
         leaves = [constants[index] for index in trained]
         (grad_BCD, more), new = jax.grad(loss, (0, 1), has_aux=True)(x_BCD, leaves)
         carry = jax.tree.map(jnp.add, (sums, grads), (new, more))
-        return carry, grad_BCD
+        return carry, _keep_rows(grad_BCD)
 
     zeros = [jnp.zeros_like(constants[index]) for index in trained]
     inputs = x.value, targets.value, weights.value

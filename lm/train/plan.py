@@ -1,52 +1,22 @@
 """What a run will cost, worked out before its first step."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lm.core.batch import Batch
 from lm.core.mesh import VOCAB, kept_whole, target_platform
 from lm.core.paths import flatten
 from lm.models import quantized
 from lm.ops.attention import Choice
+from lm.train.chips import Chip, chip_of, peak_flops
+from lm.train.hlo import Collective, collectives, total_bytes
 from lm.train.optimizer import is_matrix
 from lm.train.state import Recipe, TrainState, axes_of, state_shardings, strip
-
-
-class Chip(NamedTuple):
-    """What a device can do, from its vendor's data sheet.
-
-    Attributes:
-      flops: dense bf16 floating point operations per second.
-      bandwidth: of its memory, bytes per second.
-      memory: bytes.
-    """
-
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-# By the beginning of what jax calls the device; of TPU v2 and v3 that is a core, half of a chip.
-CHIPS = {
-    "TPU v2": Chip(23e12, 350e9, 8e9),
-    "TPU v3": Chip(61e12, 450e9, 16e9),
-    "TPU v4": Chip(275e12, 1228e9, 32e9),
-    "TPU v5 lite": Chip(197e12, 819e9, 16e9),
-    "TPU v5e": Chip(197e12, 819e9, 16e9),
-    "TPU v5": Chip(459e12, 2765e9, 95e9),
-    "TPU v5p": Chip(459e12, 2765e9, 95e9),
-    "TPU v6 lite": Chip(918e12, 1640e9, 32e9),
-    "TPU v6e": Chip(918e12, 1640e9, 32e9),
-    "NVIDIA A100": Chip(312e12, 1555e9, 40e9),
-    "NVIDIA H100": Chip(989e12, 3350e9, 80e9),
-    "NVIDIA H200": Chip(989e12, 4800e9, 141e9),
-}
 
 # What the widest activation of a micro-batch may take on a CPU.
 CACHE_BYTES = 1 << 23
@@ -60,15 +30,17 @@ class Cost:
       temporary_bytes: gradients and activations, as it laid them out.
       argument_bytes: parameters, optimizer state and batch.
       output_bytes: new parameters and optimizer state; they take the place of the old ones.
+      collectives: between devices.
     """
 
     temporary_bytes: int | None = None
     argument_bytes: int | None = None
     output_bytes: int | None = None
+    collectives: tuple[Collective, ...] = ()
 
     @classmethod
-    def of(cls, compiled: Any) -> "Cost":
-        """Returns the cost of a compiled function."""
+    def of(cls, compiled: Any, with_collectives: bool = False) -> "Cost":
+        """Returns the cost of a compiled function; its collectives take reading all its text."""
         memory = compiled.memory_analysis()
         if memory is None:
             return cls()
@@ -76,7 +48,34 @@ class Cost:
             memory.temp_size_in_bytes,
             memory.argument_size_in_bytes,
             memory.output_size_in_bytes,
+            collectives(compiled.as_text()) if with_collectives else (),
         )
+
+    @property
+    def used_bytes(self) -> int:
+        return (self.argument_bytes or 0) + (self.temporary_bytes or 0)
+
+
+class DoesNotFit(ValueError):
+    """A step that the compiler finds no room for."""
+
+
+class Roofline(NamedTuple):
+    """Seconds that each part of a step takes at the least; the step takes the longest of them.
+
+    Attributes:
+      products: multiplying, what remat computes again included.
+      traffic: reading what goes in once, and writing what comes out once.
+      links: sending between chips, with all of a chip's links busy.
+    """
+
+    products: float
+    traffic: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self)
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ class Plan:
       cost: of the compiled step.
       tokens_per_step: places of a batch, padding included.
       flops_per_step: see `model_flops`.
+      recomputed_flops: of a step, see `recomputed_flops`.
       peak_flops: floating point operations per second that all devices together can do.
       peak_source: where that number is from.
       chip: of the devices, all alike, where it is known.
@@ -101,24 +101,39 @@ class Plan:
     cost: Cost
     tokens_per_step: int
     flops_per_step: float
+    recomputed_flops: float
     peak_flops: float
     peak_source: str
     chip: Chip | None
     lines: Mapping[str, str]
 
     @property
-    def roofline(self) -> tuple[float, float] | None:
-        """Seconds that the products of a step, and its traffic with memory, take at the least.
+    def roofline(self) -> Roofline | None:
+        """What a step takes at the least (Williams et al., 2009).
 
-        The step takes no less than the longer of them (Williams et al., 2009). Of the traffic only
-        what cannot be spared counts: what goes in is read once, and what comes out written once.
-        None where the chip is not known, or what goes in.
+        Of the traffic with memory only what cannot be spared counts. None where the chip is not
+        known, or what goes in.
         """
         read, written = self.cost.argument_bytes, self.cost.output_bytes
         if self.chip is None or read is None or written is None:
             return None
-        products = self.flops_per_step / self.peak_flops
-        return products, (read + written) / self.chip.bandwidth
+        links = self.chip.num_links * self.chip.link
+        return Roofline(
+            (self.flops_per_step + self.recomputed_flops) / self.peak_flops,
+            (read + written) / self.chip.bandwidth,
+            total_bytes(self.cost.collectives) / links if links else 0.0,
+        )
+
+    @property
+    def mfu_bound(self) -> float:
+        """The largest share of the peak that `flops_per_step` can reach."""
+        assert self.roofline is not None
+        return self.flops_per_step / self.peak_flops / self.roofline.seconds
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has room for the step; True where its memory is not known."""
+        return self.chip is None or self.cost.used_bytes <= self.chip.memory
 
     def __str__(self) -> str:
         of_step = self.cost.temporary_bytes
@@ -142,16 +157,40 @@ class Plan:
         """Returns what the chip and the compiler say together: the bound of a step, what fits."""
         if self.chip is None or self.roofline is None:
             return {}
-        products, traffic = self.roofline
-        seconds = max(products, traffic)
-        used = (self.cost.argument_bytes or 0) + (self.cost.temporary_bytes or 0)
-        return {
-            "roofline": f"{seconds:.2g} s a step at the least ({products:.2g} s of products, "
-            f"{traffic:.2g} s of reading and writing the state): at most "
-            f"{products / seconds:.0%} MFU, {self.tokens_per_step / seconds:,.0f} tokens/s",
-            "fits" if used <= self.chip.memory else "DOES NOT FIT": f"{mega(used)} of "
-            f"{mega(self.chip.memory)} per device",
+        products, traffic, links = self.roofline
+        seconds, cost = self.roofline.seconds, self.cost
+        again = f", {self.recomputed_flops:.3g} FLOPs of them by remat" * (
+            self.recomputed_flops > 0
+        )
+        sending = f", {links:.2g} s of sending between chips" if links else ""
+        rows = {
+            "roofline": f"{seconds:.2g} s a step at the least ({products:.2g} s of products{again}"
+            f", {traffic:.2g} s of reading and writing the state{sending})",
+            "at most": f"{self.mfu_bound:.0%} MFU, {self.tokens_per_step / seconds:,.0f} tokens/s, "
+            f"{86400 * self.tokens_per_step / seconds:.3g} tokens a day",
+            "fits" if self.fits else "DOES NOT FIT": f"{mega(cost.used_bytes)} of "
+            f"{mega(self.chip.memory)} per device: {mega(cost.argument_bytes or 0)} of arguments, "
+            f"{mega(cost.temporary_bytes or 0)} of temporaries; {mega(cost.output_bytes or 0)} of "
+            "output in place of arguments",
         }
+        if cost.collectives:
+            rows["collectives"] = "; ".join(
+                f"{each.count:,} {each.kind} of {mega(each.bytes)}" for each in cost.collectives
+            )
+            rows["collectives"] += " in all, sent by each device in a step"
+        if links:
+            number, speed = self.chip.num_links, self.chip.link
+            rows["links"] = (
+                f"{links:.2g} s if all {number} of a chip are busy, {links * number / 2:.2g} s in "
+                f"rings along one axis, at {speed / 1e9:.0f} GB/s each way by the data sheet"
+            )
+        return rows
+
+
+def places_of(batch: Batch) -> tuple[int, int]:
+    """Returns the rows of a batch, of arrays or shapes, and their length; a choice is a row."""
+    *rows, length = batch.tokens.shape
+    return math.prod(rows), length
 
 
 def mega(num_bytes: float) -> str:
@@ -233,6 +272,7 @@ def make_plan(
         cost=cost,
         tokens_per_step=math.prod(shape),
         flops_per_step=model_flops(trained, frozen, *shape),
+        recomputed_flops=recomputed_flops(shapes, recipe.remat, *shape),
         peak_flops=peak,
         peak_source=source,
         chip=chip_of(devices[0])[1],
@@ -297,13 +337,41 @@ def model_flops(trained: Any, frozen: Any, batch_size: int, length: int) -> floa
             if is_matrix(path) or (tied and path == "embed/table")
         )
 
-    heads = sum(
+    per_token = 6 * matrices(trained) + 4 * matrices(frozen) + 12 * query_features(every) * length
+    return float(batch_size * length * per_token)
+
+
+def recomputed_flops(params: Any, remat: str, batch_size: int, length: int) -> float:
+    """Returns the floating point operations of a step that a remat policy adds to `model_flops`.
+
+    'full' computes the repeats of the stack again but for their last product, whose outcome no
+    gradient needs: B T (2 P + 4 sum_layers N H T), P counting their kernels without 'down'. 'dots'
+    and 'offload' compute the attention again, since scores are no products of projections:
+    B T (4 sum_layers N H T). What a backend of attention computes again by itself is left out.
+
+    Args:
+      params: nested dict of arrays or shapes.
+      remat: a name in `lm.models.stack.REMAT_POLICIES`.
+      batch_size, length: B and T.
+    """
+    if remat == "none":
+        return 0.0
+    repeated = {path: leaf for path, leaf in flatten(params).items() if "/pattern/" in path}
+    kernels = sum(
+        math.prod(leaf.shape)
+        for path, leaf in repeated.items()
+        if is_matrix(path) and remat == "full" and "/down/" not in path
+    )
+    return float(batch_size * length * (2 * kernels + 4 * query_features(repeated) * length))
+
+
+def query_features(leaves: Mapping[str, Any]) -> int:
+    """Returns the sum over layers of N H, of leaves by path."""
+    return sum(
         math.prod(leaf.shape[:-3]) * leaf.shape[-2] * leaf.shape[-1]
-        for path, leaf in every.items()
+        for path, leaf in leaves.items()
         if path.endswith("/q/kernel")
     )
-    per_token = 6 * matrices(trained) + 4 * matrices(frozen) + 12 * heads * length
-    return float(batch_size * length * per_token)
 
 
 def stage_flops(params: Any, length: int, stages: int, divided: bool = True) -> list[float]:
@@ -329,39 +397,3 @@ def stage_flops(params: Any, length: int, stages: int, divided: bool = True) -> 
     first = stages - 1
     own = [share] * first + [vocab_size - first * share] if divided else [0] * first + [vocab_size]
     return [layers / stages + head * tokens for tokens in own]
-
-
-def chip_of(device: Any) -> tuple[str, Chip | None]:
-    """Returns the name and the data sheet of a device; '' and None if it is not known."""
-    name = max((n for n in CHIPS if device.device_kind.startswith(n)), key=len, default="")
-    return name, CHIPS.get(name)
-
-
-def peak_flops(devices: Sequence[Any]) -> tuple[float, str]:
-    """Returns what the devices together can do per second, and where the number is from.
-
-    Known accelerators are looked up. Anything else, a CPU above all, is measured by the fastest of
-    a few square products. Devices of one process share its host's cores, and count once; processes
-    of one host measure at the same time, and so each finds its share.
-    """
-    name, chip = chip_of(devices[0])
-    if chip is not None:
-        return chip.flops * len(devices), f"the data sheet of {len(devices)} x {name}"
-    on_cpu = devices[0].platform == "cpu"
-    size = 1024 if on_cpu else 8192
-    dtype = jnp.float32 if on_cpu else jnp.bfloat16
-    # A product that depends on the one before cannot be overlapped with it or optimised away.
-    mine = next(d for d in devices if d.process_index == jax.process_index())
-    x = jax.device_put(jnp.ones((size, size), dtype), mine)
-    multiply = jax.jit(lambda a: (a @ x) * (1 / size))
-    multiply(x).block_until_ready()
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        multiply(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    count = len({device.process_index for device in devices}) if on_cpu else len(devices)
-    return (
-        2 * size**3 / best * count,
-        f"measured here by a {size} x {size} {dtype.__name__} product",
-    )

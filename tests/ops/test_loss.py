@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.core.mesh import MeshShape, batch_sharding, make_mesh, param_sharding
 from lm.ops.loss import cross_entropy, head_cross_entropy, nll, nll_report, token_nll
+from lm.train.hlo import collectives
 
 torch = pytest.importorskip("torch")
 B, T, V = 4, 7, 11
@@ -214,3 +216,36 @@ def test_a_head_that_does_not_train_gets_no_gradient():
     states, _ = cost(logits // 2, 1)
     product = 2 * B * 512 * 32 * 8192 / 2  # XLA counts the body of a loop once.
     assert both - states >= product
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(data=8), MeshShape(data=1, fsdp=8)])
+def test_devices_share_the_chunks(mesh):
+    """As many chunks as a device's own rows take, and in each the gradient of the head added up.
+
+    What is sent besides is the head, once: no logits and no hidden states.
+    """
+    mesh = make_mesh(mesh)
+    rows, length, features, vocab = 16, 64, 32, 128
+    at_once, head_bytes = 16, 4 * features * vocab
+
+    def loss(head, x, targets, weights):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return head_cross_entropy(
+                lambda x: x @ head, x, targets, weights, vocab, chunk_bytes=at_once * 4 * vocab * 2
+            ).loss
+
+    by_rows = batch_sharding(mesh)
+    head = param_sharding(mesh, ("embed", "vocab"), (features, vocab), "head")
+    step = jax.jit(
+        jax.grad(loss, (0, 1)),
+        in_shardings=(head, by_rows, by_rows, by_rows),
+        out_shardings=(head, by_rows),
+    )
+    place = (rows, length)
+    shapes = ((features, vocab), (*place, features), place, place)
+    kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
+    text = step.lower(*map(jax.ShapeDtypeStruct, shapes, kinds)).compile().as_text()
+    found = {each.kind: (each.count, each.bytes) for each in collectives(text)}
+    chunks = length // at_once
+    assert found.pop("all-reduce") == (chunks, chunks * 2 * head_bytes * 7 / 8)
+    assert found in ({}, {"all-gather": (1, head_bytes * 7 / 8)})
