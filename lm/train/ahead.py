@@ -13,9 +13,9 @@ import jax
 from lm.core.mesh import batch_sharding, make_mesh, num_batch_shards
 from lm.ops.attention import choices
 from lm.train.experiment import Experiment
-from lm.train.plan import Cost, Plan, attention_line, make_plan
+from lm.train.plan import Cost, Plan, attention_line, make_plan, offload_line
 from lm.train.run import check_tokenizer, open_data
-from lm.train.state import abstract_state, state_shardings
+from lm.train.state import abstract_state, for_devices, state_shardings
 from lm.train.step import check_batch_size, jit_step
 
 NO_TPU_HERE = {
@@ -39,7 +39,7 @@ def plan_ahead(experiment: Experiment, topology: str, tokenizer: Any = None) -> 
         not divide over its chips; if the compiler finds no room for the step.
     """
     devices = topology_devices(topology)
-    config, recipe = experiment.train, experiment.recipe()
+    config, recipe = experiment.train, for_devices(experiment.recipe(), devices)
     mesh = make_mesh(experiment.mesh, devices)
     check_batch_size(config.batch_size, recipe.micro_batches, num_batch_shards(mesh))
     data = open_data(experiment.data, Path(), tokenizer)
@@ -71,6 +71,7 @@ def plan_ahead(experiment: Experiment, topology: str, tokenizer: Any = None) -> 
         f"{config.dtype}",
         "attention": attention_line(attention),
         "remat": config.remat,
+        **offload_line(recipe, recipe, shapes),
     }
     return make_plan(recipe, shapes, flat.shape, cost, lines, devices)
 

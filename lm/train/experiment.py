@@ -83,6 +83,8 @@ class TrainConfig:
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         what kernels of projections that do not train are quantized as, 'int8', 'int4' or 'nf4'
         (QLoRA; Dettmers et al., 2023).
+      offload_optimizer: whether the optimizer's moments lie in the memory of an accelerator's host
+        between steps, and come to the device for the update: same result, less of its memory.
       seed: of parameters, order of data, dropout.
       parallel: 'jit' on a mesh, or 'pmap' over local devices.
     """
@@ -101,6 +103,7 @@ class TrainConfig:
     frozen_dtype: str = "float32"
     seed: int = 0
     parallel: str = "jit"
+    offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
         least = dict(steps=0, batch_size=1, micro_batches=1, eval_every=0, checkpoint_every=0)
@@ -119,6 +122,11 @@ class TrainConfig:
                 raise ValueError(
                     f"train.{name} is one of {', '.join(values)}, not {getattr(self, name)!r}"
                 )
+        if self.offload_optimizer and self.parallel == "pmap":
+            raise ValueError(
+                "pmap keeps the whole state on each device: leave train.offload_optimizer off, or "
+                "train with train.parallel 'jit'"
+            )
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,7 @@ class Experiment:
             self.adapter,
             self.train.frozen_dtype,
             self.train.attention,
+            self.train.offload_optimizer,
         )
         return recipe.over(self.train.steps)
 
@@ -194,6 +203,7 @@ FREE = (
     "mesh",
     "train.parallel",
     "train.micro_batches",
+    "train.offload_optimizer",
     "train.keep",
     "train.log_every",
     "wandb",

@@ -18,9 +18,22 @@ from lm.data.tokenizer import load_tokenizer
 from lm.ops.attention import choices
 from lm.train.checkpoint import Checkpoints, as_path
 from lm.train.experiment import Data, Experiment
-from lm.train.plan import Cost, Plan, attention_line, choose_micro_batches, make_plan
+from lm.train.plan import (
+    Cost,
+    Plan,
+    attention_line,
+    choose_micro_batches,
+    make_plan,
+    offload_line,
+)
 from lm.train.run_dir import check_config, check_run_dir, claim_run_dir, config_of
-from lm.train.state import TrainState, abstract_state, init_state, state_shardings
+from lm.train.state import (
+    TrainState,
+    abstract_state,
+    for_devices,
+    init_state,
+    state_shardings,
+)
 from lm.train.step import (
     check_batch,
     check_batch_size,
@@ -82,10 +95,10 @@ class Run:
         """Prepares a run; arguments and errors as of `lm.train.loop.train`."""
         self.began = time.perf_counter()
         self.experiment, self.config, self.run_dir = experiment, experiment.train, run_dir
-        self.recipe = experiment.recipe()
         self.is_pmap = self.config.parallel == "pmap"
         self.devices = jax.local_devices() if self.is_pmap else jax.devices()
         self.mesh = make_mesh(experiment.mesh, self.devices)
+        self.recipe = for_devices(experiment.recipe(), self.devices)
         shards = num_batch_shards(self.mesh)
         check_batch_size(self.config.batch_size, self.recipe.micro_batches, shards)
         if self.is_pmap and shards != len(self.devices):
@@ -241,7 +254,8 @@ class Run:
             + ("" if self.config.micro_batches else " (train.micro_batches changes it)")
             + f", {self.config.dtype}",
             "attention": attention_line(self.attention),
-            "remat": self.config.remat,
+            "remat": self.recipe.remat,
+            **offload_line(self.experiment.recipe(), self.recipe, state),
             **CHOSEN,
             **({"XLA_FLAGS": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
             "step compiled in": self.compiling,
