@@ -16,7 +16,16 @@ from lm.core.batch import Batch
 from lm.core.mesh import make_mesh, num_batch_shards
 from lm.ops.attention import choices
 from lm.train.experiment import Experiment
-from lm.train.plan import Cost, DoesNotFit, Plan, attention_line, layout_lines, make_plan, places_of
+from lm.train.plan import (
+    Cost,
+    DoesNotFit,
+    Plan,
+    attention_line,
+    layout_lines,
+    make_plan,
+    offload_line,
+    places_of,
+)
 from lm.train.run import check_tokenizer, open_data
 from lm.train.state import abstract_state, state_shardings
 from lm.train.step import batch_shardings, check_batch_size, check_lengths, jit_step
@@ -73,7 +82,7 @@ def plan_step(devices: Sequence[Any], experiment: Experiment, batch: Batch) -> P
     Raises:
       DoesNotFit, ValueError: as of `plan_ahead`.
     """
-    config, recipe = experiment.train, experiment.recipe()
+    config, recipe = experiment.train, for_devices(experiment.recipe(), devices)
     mesh = make_mesh(experiment.mesh, devices)
     check_batch_size(config.batch_size, recipe.micro_batches, num_batch_shards(mesh))
     shapes = abstract_state(recipe, mesh)
@@ -95,6 +104,7 @@ def plan_step(devices: Sequence[Any], experiment: Experiment, batch: Batch) -> P
         "attention": attention_line(attention),
         "remat": config.remat,
         **layout_lines(recipe, mesh, shapes),
+        **offload_line(recipe, recipe, shapes),
     }
     return make_plan(recipe, shapes, shape, cost, lines, devices)
 

@@ -87,6 +87,8 @@ class TrainConfig:
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         what kernels of projections that do not train are quantized as, 'int8', 'int4' or 'nf4'
         (QLoRA; Dettmers et al., 2023).
+      offload_optimizer: whether the optimizer's moments lie in the memory of an accelerator's host
+        between steps, and come to the device for the update: same result, less of its memory.
       seed: of parameters, order of data, dropout.
       parallel: 'jit' on a mesh, or 'pmap' over local devices.
       pipeline: how rows pass through the layers where the mesh has several stages.
@@ -108,6 +110,7 @@ class TrainConfig:
     seed: int = 0
     parallel: str = "jit"
     pipeline: Pipeline = GPIPE
+    offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
         least = dict(steps=0, batch_size=1, micro_batches=1, eval_every=0, checkpoint_every=0)
@@ -127,6 +130,11 @@ class TrainConfig:
                 raise ValueError(
                     f"train.{name} is one of {', '.join(values)}, not {getattr(self, name)!r}"
                 )
+        if self.offload_optimizer and self.parallel == "pmap":
+            raise ValueError(
+                "pmap keeps the whole state on each device: leave train.offload_optimizer off, or "
+                "train with train.parallel 'jit'"
+            )
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,7 @@ class Experiment:
             self.train.attention,
             self.train.context_parallel,
             self.train.pipeline,
+            self.train.offload_optimizer,
         )
         return recipe.over(self.train.steps)
 
@@ -206,6 +215,7 @@ FREE = (
     "train.micro_batches",
     "train.context_parallel",
     "train.pipeline",
+    "train.offload_optimizer",
     "train.keep",
     "train.log_every",
     "wandb",

@@ -16,7 +16,14 @@ from lm.ops.attention import Choice
 from lm.train.chips import Chip, chip_of, peak_flops
 from lm.train.hlo import Collective, collectives, total_bytes
 from lm.train.optimizer import is_matrix
-from lm.train.state import Recipe, TrainState, axes_of, state_shardings, strip
+from lm.train.state import (
+    Recipe,
+    TrainState,
+    axes_of,
+    is_offloaded,
+    state_shardings,
+    strip,
+)
 
 # What the widest activation of a micro-batch may take on a CPU.
 CACHE_BYTES = 1 << 23
@@ -278,6 +285,22 @@ def make_plan(
         chip=chip_of(devices[0])[1],
         lines=lines,
     )
+
+
+def offload_line(asked: Recipe, recipe: Recipe, state: TrainState) -> dict[str, str]:
+    """Returns what lies in the hosts' memory of a state, or that nothing does though it was asked.
+
+    Args:
+      asked: the recipe of the experiment.
+      recipe: that of its devices (`lm.train.state.for_devices`).
+      state: of arrays or shapes.
+    """
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if is_offloaded(recipe, leaf)]
+    if moments:
+        return {"offloaded": f"{mega(num_bytes(moments))} of optimizer state in the hosts' memory"}
+    if asked.offload_optimizer or asked.remat != recipe.remat:
+        return {"offloaded": "nothing: the memory of these devices is their hosts'"}
+    return {}
 
 
 def choose_micro_batches(params: Any, rows: int, num_tokens: int) -> int:

@@ -29,11 +29,13 @@ from lm.train.plan import (
     choose_micro_batches,
     layout_lines,
     make_plan,
+    offload_line,
 )
 from lm.train.run_dir import check_config, check_run_dir, claim_run_dir, config_of
 from lm.train.state import (
     TrainState,
     abstract_state,
+    for_devices,
     init_state,
     pad,
     state_shardings,
@@ -101,7 +103,6 @@ class Run:
         """Prepares a run; arguments and errors as of `lm.train.loop.train`."""
         self.began = time.perf_counter()
         self.experiment, self.config, self.run_dir = experiment, experiment.train, run_dir
-        self.recipe = experiment.recipe()
         check_same_code(experiment)
         self.is_pmap = self.config.parallel == "pmap"
         if self.is_pmap and jax.process_count() > 1:
@@ -111,6 +112,7 @@ class Run:
             )
         self.devices = jax.local_devices() if self.is_pmap else jax.devices()
         self.mesh = make_mesh(experiment.mesh, self.devices)
+        self.recipe = for_devices(experiment.recipe(), self.devices)
         shards = num_batch_shards(self.mesh)
         check_batch_size(self.config.batch_size, self.recipe.micro_batches, shards)
         if self.is_pmap and shards != len(self.devices):
@@ -286,7 +288,8 @@ class Run:
             + ("" if self.config.micro_batches else " (train.micro_batches changes it)")
             + f", {self.config.dtype}",
             "attention": attention_line(self.attention),
-            "remat": self.config.remat,
+            "remat": self.recipe.remat,
+            **offload_line(self.experiment.recipe(), self.recipe, state),
             **layout_lines(self.recipe, self.mesh, state),
             **self.pipeline_line(rows),
             **CHOSEN,

@@ -1,6 +1,6 @@
 """What a train step reads and writes, and where it lives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -32,6 +32,8 @@ from lm.train.optimizer import Axes, Optimizer
 from lm.train.trainable import FULL, Table, make_transform, trained_paths
 
 Params = Mapping[str, Any]
+# The memory of a device's host that the device reads and writes by itself.
+HOST = "pinned_host"
 
 
 @struct.dataclass
@@ -70,6 +72,7 @@ class Recipe:
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         the kind that kernels of projections which do not train are quantized as, 'int8', 'int4' or
         'nf4' (`lm.ops.quantize`), while the others stay fp32.
+      offload_optimizer: whether the optimizer's moments lie in the host's memory between steps.
     """
 
     model: nn.Module
@@ -84,6 +87,7 @@ class Recipe:
     attention: str = "auto"
     context_parallel: str = "ulysses"
     pipeline: Pipeline = GPIPE
+    offload_optimizer: bool = False
 
     def context(self, deterministic: bool = False) -> Context:
         """Returns the context of a training call, or of an evaluation (deterministic)."""
@@ -171,6 +175,43 @@ def frozen_kernels(model: nn.Module, table: Table, params: Params) -> list[str]:
     """
     trained = trained_paths(table, params)
     return [path for path in kernels(model) if path not in trained]
+
+
+def is_offloaded(recipe: Recipe, leaf: Any) -> bool:
+    """Whether a leaf of the optimizer's state lies in the host's memory: all that is no number."""
+    return recipe.offload_optimizer and leaf.ndim > 0
+
+
+def to_device(recipe: Recipe, opt_state: Any) -> Any:
+    """Returns an optimizer's state in the memory of its devices, inside of a compiled step."""
+    return jax.tree.map(
+        lambda leaf: (
+            jax.device_put(leaf, jax.memory.Space.Device) if is_offloaded(recipe, leaf) else leaf
+        ),
+        opt_state,
+    )
+
+
+def for_devices(recipe: Recipe, devices: Sequence[Any]) -> Recipe:
+    """Returns a recipe as devices can follow it; on a CPU, whose memory is its host's, all stays.
+
+    Raises:
+      ValueError: if something is to lie in the host's memory, and they cannot work with that.
+    """
+    if devices[0].platform == "cpu":
+        remat = "dots" if recipe.remat == "offload" else recipe.remat
+        return replace(recipe, remat=remat, offload_optimizer=False)
+    kinds = [memory.kind for memory in devices[0].addressable_memories()]
+    for option, wanted in (
+        ("train.offload_optimizer", recipe.offload_optimizer),
+        ("train.remat 'offload'", recipe.remat == "offload"),
+    ):
+        if wanted and HOST not in kinds:
+            raise ValueError(
+                f"{option} keeps arrays in the memory {HOST!r}, which a {devices[0].device_kind} "
+                f"does not have (it has {', '.join(kinds)}): leave it off there"
+            )
+    return recipe
 
 
 @cache
@@ -292,7 +333,8 @@ def strip(recipe: Recipe, params: Params, tree: Any) -> Any:
 def state_shardings(recipe: Recipe, mesh: Mesh, state: TrainState) -> TrainState:
     """Returns the sharding of every leaf of a state (of arrays or of shapes).
 
-    Optimizer moments lie as the parameter they belong to.
+    Optimizer moments lie as the parameter they belong to, on its devices or, if they are offloaded,
+    in the memory of those devices' hosts.
 
     Raises:
       ValueError: if a parameter does not divide over the mesh, or an axis divides nothing.
@@ -307,11 +349,15 @@ def state_shardings(recipe: Recipe, mesh: Mesh, state: TrainState) -> TrainState
     check_all_axes_divide(mesh, shardings.values())
 
     def moment(path: str, leaf: Any) -> Any:
-        return shardings[path] if leaf.shape == leaves[path].shape else everywhere
+        same = leaf.shape == leaves[path].shape
+        return in_memory(leaf, shardings[path] if same else everywhere)
+
+    def in_memory(leaf: Any, sharding: Any = everywhere) -> Any:
+        return sharding.with_memory_kind(HOST) if is_offloaded(recipe, leaf) else sharding
 
     return TrainState(
         step=everywhere,
         params=unflatten(shardings),
-        opt_state=by_parameter(state.params, state.opt_state, moment, lambda leaf: everywhere),
+        opt_state=by_parameter(state.params, state.opt_state, moment, in_memory),
         rng=everywhere,
     )

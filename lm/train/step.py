@@ -26,7 +26,14 @@ from lm.core.mesh import (
 )
 from lm.core.paths import merge
 from lm.train.objectives import Metrics
-from lm.train.state import Recipe, TrainState, abstract_state, state_shardings, strip
+from lm.train.state import (
+    Recipe,
+    TrainState,
+    abstract_state,
+    state_shardings,
+    strip,
+    to_device,
+)
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 DEVICES = "devices"
@@ -123,7 +130,8 @@ def train_step(
     key = jax.random.fold_in(state.rng, state.step)
     grads, metrics = gradients(recipe, state.params, batch, key, axis_name)
     trained, frozen = recipe.split(state.params)
-    updates, opt_state = recipe.transform(state.params).update(grads, state.opt_state, trained)
+    opt_state = to_device(recipe, state.opt_state)
+    updates, opt_state = recipe.transform(state.params).update(grads, opt_state, trained)
     params = merge(optax.apply_updates(trained, updates), frozen)
     one = jnp.ones(())
     metrics = {
