@@ -19,7 +19,7 @@ from lm.core.context import Context
 from lm.core.mesh import batch_sharding, replicated
 from lm.core.paths import merge
 from lm.train.objectives import Metrics
-from lm.train.state import Recipe, TrainState, abstract_state, state_shardings, to_device
+from lm.train.state import Recipe, TrainState, abstract_state, state_shardings
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 DEVICES = "devices"
@@ -123,8 +123,7 @@ def train_step(
     key = jax.random.fold_in(state.rng, state.step)
     grads, metrics = gradients(recipe, state.params, batch, key, axis_name)
     trained, frozen = recipe.split(state.params)
-    opt_state = to_device(recipe, state.opt_state)
-    updates, opt_state = recipe.transform(state.params).update(grads, opt_state, trained)
+    updates, opt_state = recipe.transform(state.params).update(grads, state.opt_state, trained)
     params = merge(optax.apply_updates(trained, updates), frozen)
     one = jnp.ones(())
     metrics = {
