@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from lm.core.mesh import BATCH_AXES, RULES
+from lm.core.mesh import BATCH_AXES
 from lm.ops.product import product
 from lm.ops.routing import Routes, expert_choice
 
 Array = jax.Array
-EXPERT = RULES["experts"]
+EXPERT = "expert"
 
 # What the experts are: of their parameters, (R, D) rows, and the rows of each expert, (E,) int32,
 # or None where all have R / E; it returns (R, ...). Both products of a layer are

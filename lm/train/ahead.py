@@ -27,7 +27,7 @@ from lm.train.plan import (
     places_of,
 )
 from lm.train.run import check_tokenizer, open_data
-from lm.train.state import abstract_state, state_shardings
+from lm.train.state import abstract_state, for_devices, state_shardings
 from lm.train.step import batch_shardings, check_batch_size, check_lengths, jit_step
 
 NO_TPU_HERE = {

@@ -162,7 +162,8 @@ class Recipe:
 
     def transform(self, params: Params) -> optax.GradientTransformation:
         """Returns the optimizer of the trained parameters."""
-        return make_transform(self.optimizer, self.trainable, params, axes_of(self.model))
+        axes = axes_of(self.model)
+        return make_transform(self.optimizer, self.trainable, params, axes, self.offload_optimizer)
 
 
 def frozen_kernels(model: nn.Module, table: Table, params: Params) -> list[str]:
@@ -180,16 +181,6 @@ def frozen_kernels(model: nn.Module, table: Table, params: Params) -> list[str]:
 def is_offloaded(recipe: Recipe, leaf: Any) -> bool:
     """Whether a leaf of the optimizer's state lies in the host's memory: all that is no number."""
     return recipe.offload_optimizer and leaf.ndim > 0
-
-
-def to_device(recipe: Recipe, opt_state: Any) -> Any:
-    """Returns an optimizer's state in the memory of its devices, inside of a compiled step."""
-    return jax.tree.map(
-        lambda leaf: (
-            jax.device_put(leaf, jax.memory.Space.Device) if is_offloaded(recipe, leaf) else leaf
-        ),
-        opt_state,
-    )
 
 
 def for_devices(recipe: Recipe, devices: Sequence[Any]) -> Recipe:

@@ -26,14 +26,7 @@ from lm.core.mesh import (
 )
 from lm.core.paths import merge
 from lm.train.objectives import Metrics
-from lm.train.state import (
-    Recipe,
-    TrainState,
-    abstract_state,
-    state_shardings,
-    strip,
-    to_device,
-)
+from lm.train.state import Recipe, TrainState, abstract_state, state_shardings, strip
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 DEVICES = "devices"
@@ -130,8 +123,7 @@ def train_step(
     key = jax.random.fold_in(state.rng, state.step)
     grads, metrics = gradients(recipe, state.params, batch, key, axis_name)
     trained, frozen = recipe.split(state.params)
-    opt_state = to_device(recipe, state.opt_state)
-    updates, opt_state = recipe.transform(state.params).update(grads, opt_state, trained)
+    updates, opt_state = recipe.transform(state.params).update(grads, state.opt_state, trained)
     params = merge(optax.apply_updates(trained, updates), frozen)
     one = jnp.ones(())
     metrics = {

@@ -11,6 +11,7 @@ from lm.core.paths import flatten, matches
 from lm.models import params as P
 from lm.models.quantized import kernel_path
 from lm.models.tasks import task_of
+from lm.train.offload import streamed
 from lm.train.optimizer import Axes, Optimizer, Rate, by_path
 from lm.train.schedule import Schedule
 
@@ -101,7 +102,11 @@ def trained_paths(table: Table, params: Mapping[str, Any]) -> frozenset[str]:
 
 
 def make_transform(
-    optimizer: Optimizer, table: Table, params: Mapping[str, Any], axes: Axes
+    optimizer: Optimizer,
+    table: Table,
+    params: Mapping[str, Any],
+    axes: Axes,
+    offload: bool = False,
 ) -> optax.GradientTransformation:
     """Returns the optax transformation of the trained parameters alone.
 
@@ -110,6 +115,7 @@ def make_transform(
       table: the groups.
       params: all parameters (only the paths matter); errors as of `assign`.
       axes: path -> logical axes of the model's parameters.
+      offload: whether its state lies in the host's memory between updates.
     """
     groups = assign(table, params)
     transforms = {}
@@ -124,6 +130,8 @@ def make_transform(
     partitioned = optax.partition(
         transforms, lambda trained: by_path(lambda path: str(groups[path]), trained)
     )
+    if offload:
+        partitioned = streamed(partitioned)
     if optimizer.clip_norm is None:
         return partitioned
     return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), partitioned)

@@ -136,8 +136,6 @@ def assert_equal(ours, theirs):
 
 QUICK = [
     (1, 4, "one"),
-    (2, 8, "one"),
-    (1, 4, "expert 4"),
     (2, 8, "expert 4"),
     (4, 8, "expert 2"),
     (2, 8, "expert 8"),
@@ -227,9 +225,11 @@ def sent(compiled, dtype="f32"):
     return [size for size in found if size]
 
 
-@pytest.mark.parametrize("shape", [MESHES["expert 4"], MESHES["expert 2"]], ids=str)
-def test_bytes_of_an_all_to_all(shape):
+@pytest.mark.parametrize("name", ["expert 4", pytest.param("expert 2", marks=pytest.mark.slow)])
+def test_bytes_of_an_all_to_all(name):
     """Rows go and come by one each way; so do their gradients. Nothing else is f32."""
+    shape = MESHES[name]
+    assert shape is not None
     E, K, size = 8, 2, shape.expert
     own_tokens = T // 8
     places = math.ceil(1.25 * K * own_tokens / E)
@@ -241,7 +241,7 @@ def test_bytes_of_an_all_to_all(shape):
     assert set(sent(free, "s32")) == {4 * E}
 
 
-@pytest.mark.parametrize("factor", [1.25, None], ids=["capacity", "dropless"])
+@pytest.mark.parametrize("factor", [1.25, pytest.param(None, marks=pytest.mark.slow)])
 def test_memory_is_linear_in_tokens(factor):
     """Four times the tokens take four times the temporaries; a one-hot tensor takes 16 times."""
     small, large = (

@@ -71,7 +71,7 @@ def kinds(tree):
 @pytest.mark.parametrize(
     "changes, shape",
     [
-        (dict(offload_optimizer=True), ONE),
+        pytest.param(dict(offload_optimizer=True), ONE, marks=pytest.mark.slow),
         (dict(offload_optimizer=True, remat="offload", micro_batches=2), EIGHT),
         *(
             pytest.param(changes, shape, marks=pytest.mark.slow)

@@ -238,15 +238,22 @@ def test_pmap_equals_one_device(parts):
 
 @pytest.mark.ledger("D03")
 def test_pmap_gradients_equal_one_device():
+    """At each of five steps, each road with the parameters that it came to itself."""
     recipe = recipe_of(optimizer=Sgd(Constant(0.1)))
-    params, batch = state_of(recipe).params, make_batch(7, 16)
-    one, _ = jax.jit(gradients, static_argnums=0)(recipe, params, batch, KEY)
-    mapped = jax.pmap(
+    devices, one = jax.devices(), state_of(recipe)
+    many = replicate(one, devices)
+    single, eight = jax.jit(make_train_step(recipe)), pmap_step(recipe, devices)
+    of_one = jax.jit(gradients, static_argnums=0)
+    of_eight = jax.pmap(
         lambda params, batch: gradients(recipe, params, batch, KEY, "devices")[0],
         axis_name="devices",
-        in_axes=(None, 0),
-    )(params, share_rows(batch, 8))
-    assert_same_params(unreplicate(mapped), one)
+    )
+    for index in range(5):
+        batch = make_batch(index, 16)
+        shared = share_rows(batch, 8)
+        grads, _ = of_one(recipe, one.params, batch, KEY)
+        assert_same_params(unreplicate(of_eight(many.params, shared)), grads)
+        (one, _), (many, _) = single(one, batch), eight(many, shared)
 
 
 MESHES = {
