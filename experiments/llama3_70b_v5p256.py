@@ -3,7 +3,8 @@
     lm plan experiments/llama3_70b_v5p256.py --topology v5p:4x8x8
 
 Rows of 8,192, and 8 million tokens a step, as the paper has them for the 405B after its first 252
-million tokens; of the 70B it does not say. The report is docs/plans/llama3_70b_v5p256.md.
+million tokens; of the 70B it does not say. By arithmetic alone (`--device v5p`) it fits; it has not
+been compiled yet, and there is no report of it.
 Data are random ids: put a corpus in their place to train.
 """
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.core.mesh import MeshShape, batch_sharding, make_mesh, param_sharding
 from lm.ops.loss import cross_entropy, head_cross_entropy, nll, nll_report, token_nll
@@ -222,7 +223,8 @@ def test_a_head_that_does_not_train_gets_no_gradient():
 def test_devices_share_the_chunks(mesh):
     """As many chunks as a device's own rows take, and in each the gradient of the head added up.
 
-    What is sent besides is the head, once: no logits and no hidden states.
+    What is sent besides is the head, once, and no logits: the gradient of the hidden states, which
+    is asked for divided along D, is laid out so when it is whole.
     """
     mesh = make_mesh(mesh)
     rows, length, features, vocab = 16, 64, 32, 128
@@ -234,18 +236,26 @@ def test_devices_share_the_chunks(mesh):
                 lambda x: x @ head, x, targets, weights, vocab, chunk_bytes=at_once * 4 * vocab * 2
             ).loss
 
+    divided = mesh.shape["fsdp"] > 1
     by_rows = batch_sharding(mesh)
+    by_features = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
     head = param_sharding(mesh, ("embed", "vocab"), (features, vocab), "head")
     step = jax.jit(
         jax.grad(loss, (0, 1)),
         in_shardings=(head, by_rows, by_rows, by_rows),
-        out_shardings=(head, by_rows),
+        out_shardings=(head, by_features if divided else by_rows),
     )
     place = (rows, length)
     shapes = ((features, vocab), (*place, features), place, place)
     kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
     text = step.lower(*map(jax.ShapeDtypeStruct, shapes, kinds)).compile().as_text()
     found = {each.kind: (each.count, each.bytes) for each in collectives(text)}
-    chunks = length // at_once
-    assert found.pop("all-reduce") == (chunks, chunks * 2 * head_bytes * 7 / 8)
-    assert found in ({}, {"all-gather": (1, head_bytes * 7 / 8)})
+    chunks, share = length // at_once, 7 / 8
+    expected = {"all-reduce": (chunks, chunks * 2 * head_bytes * share)}
+    if divided:
+        hidden_bytes = 4 * rows * length * features / 8
+        expected |= {
+            "all-gather": (1, head_bytes * share),
+            "all-to-all": (1, hidden_bytes * share),
+        }
+    assert found == expected
