@@ -18,7 +18,7 @@ def resuming(tmp_path, seconds: float) -> list[str]:
     return [
         "bash",
         "-c",
-        f"i=$(cat {step} || echo 0); echo from $i; "
+        f"i=$(cat {step} 2>&- || echo 0); echo $i >> {tmp_path}/began-$FAKE_WORKER; "
         f"while [ $i -lt 20 ]; do i=$((i+1)); echo step $i; echo $i > {step}; sleep {seconds}; "
         "done; echo complete",
     ]
@@ -58,8 +58,8 @@ def test_recreates_and_resumes(cloud, capsys, tmp_path, node_only):
     assert main([*WATCH, "--", *resuming(tmp_path, 0.1)]) == 0
     thread.join()
     out = capsys.readouterr().out
-    begun = [int(line.split()[-1]) for line in out.splitlines() if line.startswith("[1] from ")]
-    assert begun[0] == 0 and 5 <= begun[1] < begun[2] < 20
+    began = [int(line) for line in (tmp_path / "began-1").read_text().splitlines()]
+    assert len(began) == 3 and began[0] == 0 and 5 <= began[1] < began[2] < 20
     assert "deleting it, to ask for another" in out
     assert out.count("[1] complete") == 1
     assert len(cloud.calls("queued-resources", "create")) == 3
