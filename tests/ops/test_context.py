@@ -133,7 +133,7 @@ def case(kind, B=2, T=24, N=8, K=4, H=8, seed=0):
     return floats, Mask(np.arange(T), np.arange(T), **fields), settings
 
 
-FAST = {("all of it", "ulysses"), ("all of it", "ring")}
+FAST = {("all of it", "ulysses"), ("causal", "ring"), ("all of it", "ring")}
 
 
 def cells():
