@@ -68,6 +68,7 @@ def files(run_dir) -> list[str]:
     return sorted("events" if "tensorboard" in name else name for name in kept)
 
 
+@pytest.mark.ledger("D10")
 def test_two_processes_equal_one(pair, alone):
     assert_same_curve(pair[0], alone, 6)
 
