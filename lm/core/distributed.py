@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ SHUTDOWN_SECONDS = 300
 # Data that one process has in its cache and another must make first.
 COMPARE_SECONDS = 3600
 REFUSE_SECONDS = 10
+LATER_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def join(hosts: Hosts) -> str:
     if hosts.coordinator:
         if hosts.process_id > 0:
             wait_for(hosts)
+        else:
+            check_port(hosts)
         options |= dict(
             coordinator_address=hosts.coordinator,
             num_processes=hosts.num_processes,
@@ -140,12 +144,18 @@ def join(hosts: Hosts) -> str:
             cluster_detection_method="deactivate",
         )
     left = max(1, hosts.join_timeout - int(time.monotonic() - began))
+    # jax would end the process with a trace at its own time-out, which comes later.
+    late = threading.Timer(left, give_up, [hosts])
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(initialization_timeout=left, **options)
+        jax.distributed.initialize(initialization_timeout=left + LATER_SECONDS, **options)
     except Exception as error:  # jax's own, those of the metadata's client, and of sockets.
         if not hosts.coordinator and "coordinator_address should be defined" in str(error):
             return "1"  # A TPU VM that is no part of a slice of several.
         raise ValueError(refusal(hosts, error)) from error
+    finally:
+        late.cancel()
     state = _state()
     compare("job", {"the number of processes": str(state.num_processes)})
     return f"{state.num_processes}, this is {state.process_id}, coordinator {address(hosts)}"
@@ -174,6 +184,24 @@ def wait_for(hosts: Hosts) -> None:
                     "between the hosts (--join-timeout waits longer)"
                 ) from error
         time.sleep(0.2)
+
+
+def check_port(hosts: Hosts) -> None:
+    """Raises a ValueError if process 0 cannot listen where the others will look for it."""
+    port = int(hosts.coordinator.rpartition(":")[2])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(refusal(hosts, OSError(f"Failed to bind: {error}"))) from error
+
+
+def give_up(hosts: Hosts) -> None:
+    """Ends a process whose others did not come, with one sentence."""
+    error = TimeoutError("DEADLINE_EXCEEDED")
+    print(f"lm: {refusal(hosts, error)}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def refusal(hosts: Hosts, error: Exception) -> str:

@@ -95,6 +95,22 @@ def test_an_unreachable_coordinator(tiny, folder):
     assert not run_dir.exists()
 
 
+def test_a_job_whose_others_do_not_come(tiny, folder):
+    """Process 0 waits for the second in vain; then the port that it needs is another's."""
+    words = ("train", tiny, "--run-dir", folder / "never", "--join-timeout", "2")
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        flags = ("--coordinator", address, "--num-processes", "2", "--process-id", "0")
+        listener.listen()
+        taken = finish(start(*words, *flags), status=2)
+    assert f"process 0 cannot listen at {address}" in taken and "choose another port" in taken
+    alone = finish(start(*words, *flags), status=2)
+    assert f"not all 2 processes came to the coordinator at {address} within 2 s" in alone
+    assert "@ 0x" not in alone and "Traceback" not in alone + taken
+    assert not (folder / "never").exists()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
