@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -183,7 +184,11 @@ def ssh(name: str, cut_after: int = 0):
         "FAKE_WORKER": FLAGS["worker"],
     }
     process = subprocess.Popen(
-        ["bash", "-c", FLAGS["command"]], cwd=folder, env=env, stdout=subprocess.PIPE
+        ["bash", "-c", FLAGS["command"]],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdout is not None
     for number, line in enumerate(process.stdout, 1):
@@ -193,6 +198,9 @@ def ssh(name: str, cut_after: int = 0):
             process.kill()
             lost_connection()
     status = process.wait()
+    # The end of a connection hangs up on what it has started and left behind.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGHUP)
     if status < 0 or status == 255:
         lost_connection()
     sys.exit(status)
