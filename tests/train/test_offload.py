@@ -241,8 +241,7 @@ batch = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)),
     make_batch(0, 8, 128),
 )
-for offload, remat, parts in ((False, "none", 1), (True, "none", 1), (False, "dots", 2),
-                              (False, "offload", 2), (True, "offload", 2)):
+for offload, remat, parts in ((False, "none", 1), (True, "none", 1), (True, "offload", 2)):
     toy = toy_experiment(
         dtype="bfloat16", offload_optimizer=offload, remat=remat, micro_batches=parts
     )
@@ -266,17 +265,17 @@ def test_a_tpus_compiler_takes_the_moments_off_the_chip():
     """What goes into each of four chips is a quarter of the parameters, and no moments."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs: pip install libtpu")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    # Another process may be compiling for TPUs, too; here nobody has one to themselves.
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    rows = [tuple(map(int, line.split())) for line in lines[:5]]
-    kept, away, dots, activations, both = rows
-    print(rows)
-    quarter = kept[0]  # Of the parameters, in bytes: 4 / 4.
-    assert 3 * quarter <= kept[1] <= 3.3 * quarter and kept[2] == 0
-    assert quarter <= away[1] <= 1.1 * quarter and 2 * quarter <= away[2] <= 2.2 * quarter
-    assert both[1:3] == away[1:3]
-    assert activations[4] > 0 and activations[3] < dots[3]
-    assert "offloaded" in done.stdout
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[:3]]
+    (parameters, kept, kept_away, _, _), (_, less, away, _, _), both = rows
+    quarter = 4 * parameters / 4
+    assert 3 * quarter <= kept <= 3.1 * quarter and kept_away == 0
+    assert quarter <= less <= 1.1 * quarter and 2 * quarter <= away <= 2.1 * quarter
+    # With activations there as well, and a batch in two parts.
+    assert both[1:3] == (less, away) and both[4] > quarter / 2
+    assert "optimizer state in the hosts' memory" in done.stdout
