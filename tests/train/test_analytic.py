@@ -83,7 +83,6 @@ def test_memory_is_what_the_compiler_lays_out(family, length, remat, dtype):
     batch = batch_shapes(experiment)
     compiled = plan_step(jax.devices()[:1], experiment, batch).cost
     stated = plan_device("h200", experiment, batch).cost
-    print(family, remat, dtype, stated.temporary_bytes / compiled.temporary_bytes, stated, compiled)
     assert stated.argument_bytes == pytest.approx(compiled.argument_bytes, rel=0.01)
     assert stated.output_bytes == pytest.approx(compiled.output_bytes, rel=0.01)
     assert 1 / WITHIN < stated.temporary_bytes / compiled.temporary_bytes < WITHIN
