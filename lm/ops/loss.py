@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from lm.core.mesh import BATCH_AXES, PLACES_AXIS, automatic_axes
 
@@ -146,13 +146,7 @@ def head_cross_entropy(
 
 def _num_devices() -> int:
     """Returns over how many devices the compiler divides what is traced, the logits too."""
-    return math.prod(_automatic_axes().values())
-
-
-def _automatic_axes() -> dict[str, int]:
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types)
-    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+    return math.prod(automatic_axes().values())
 
 
 def _keep_rows(x_BCD: Array) -> Array:
@@ -161,7 +155,7 @@ def _keep_rows(x_BCD: Array) -> Array:
     A compiler that is left to choose may divide D instead, as it finds the head divided, and then
     gathers the logits' gradients of all rows in every chunk.
     """
-    axes = _automatic_axes()
+    axes = automatic_axes()
     rows = tuple(axis for axis in BATCH_AXES if axes.get(axis, 1) > 1)
     if not rows or len(x_BCD) % math.prod(axes[axis] for axis in rows):
         return x_BCD
