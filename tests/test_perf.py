@@ -129,6 +129,7 @@ print(peak(), run.plan.cost.temporary_bytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap is kept on Linux alone")
 def test_the_temporaries_of_steps_take_the_same_place():
     """All that is ever resident, imports and compiling included, is little more than one step's."""

@@ -16,7 +16,16 @@ from lm.ops.attention import FLASH_LENGTH
 from lm.ops.loss import CHUNK_BYTES
 from lm.train.chips import DEVICES, measure_host
 from lm.train.experiment import Experiment
-from lm.train.plan import Cost, Plan, layout_lines, make_plan, num_bytes, places_of, size
+from lm.train.plan import (
+    Cost,
+    Plan,
+    layout_lines,
+    make_plan,
+    model_flops,
+    num_bytes,
+    places_of,
+    size,
+)
 from lm.train.state import Recipe, TrainState, abstract_state, axes_of, state_shardings
 from lm.train.step import check_batch_size
 
@@ -214,3 +223,28 @@ def leaves_shape(leaves: Any, path: str) -> tuple[int, ...]:
     if path in leaves:
         return leaves[path].shape
     return next(leaf.shape for other, leaf in leaves.items() if other.startswith(path + "_"))
+
+
+def stage_flops(params: Any, length: int, stages: int, divided: bool = True) -> list[float]:
+    """Returns the floating point operations of a token, forwards and backwards, on each stage.
+
+    Every stage has as many layers, and of the head a share of ceil(V / stages) tokens; or else the
+    last stage has all of it, as without `lm.core.mesh.RULES`. Looking tokens up counts nothing.
+
+    Args:
+      params: nested dict of arrays or shapes, all of which train.
+      length: T.
+      stages: p.
+      divided: whether the vocabulary is divided over the stages.
+    """
+    leaves = flatten(params)
+    tied = "head/kernel" not in leaves
+    vocab_size, features = (
+        leaves["embed/table"].shape if tied else leaves["head/kernel"].shape[::-1]
+    )
+    head = 6 * features
+    layers = model_flops(params, {}, 1, length) / length - head * vocab_size
+    share = -(-vocab_size // stages)
+    first = stages - 1
+    own = [share] * first + [vocab_size - first * share] if divided else [0] * first + [vocab_size]
+    return [layers / stages + head * tokens for tokens in own]

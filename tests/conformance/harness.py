@@ -17,6 +17,8 @@ FAMILIES = all_families()
 B, T = 2, 12
 # In the fast tests one family of each kind stands for the others; the encoder is that of T5.
 KINDS = {"gpt2", "t5", "mamba"}
+# Of these the columns that take longest, of an encoder-decoder, are left to the slow tests.
+LONG = {("t5", cell) for cell in ("pure", "remat", "scan", "overfit", "gradients", "packed")}
 
 
 @functools.cache
@@ -77,4 +79,5 @@ def cells(cell: str):
     Those that take longest run with the slow tests.
     """
     names = [name for name, family in FAMILIES.items() if cell not in family.inapplicable]
-    return [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    quick = [name for name in names if name in KINDS and (name, cell) not in LONG]
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]

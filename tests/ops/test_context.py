@@ -377,7 +377,7 @@ def test_the_chunks_of_a_loss_stay_on_their_devices():
         return jax.value_and_grad(total, (0, 1), has_aux=True)(x, kernel)
 
     # Of the six places of a device four are at a time in a chunk: the last one is padded.
-    divided = partial(traced_for, mesh, partial(loss, chunk_bytes=4 * 4 * V * 16))
+    divided = partial(traced_for, mesh, partial(loss, chunk_bytes=4 * 4 * V * 2))
     args = [jax.device_put(a, lie) for a in (x, targets, weights)]
     args.insert(1, jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())))
     found = jax.jit(divided)

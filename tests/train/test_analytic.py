@@ -74,8 +74,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "remat", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dots", "full"))]
+)
 @pytest.mark.parametrize("family, length", [("llama", 512), ("gpt2", 128)])
 def test_memory_is_what_the_compiler_lays_out(family, length, remat, dtype):
     """Arguments and output to a per cent, temporaries within a factor of 1.5."""

@@ -137,6 +137,7 @@ def compiled_step(name, way, mesh):
     return jit_step(recipe, mesh, state).lower(state, make_batch()).compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("P041")
 @pytest.mark.perf
 def test_a_step_exchanges_places_only_around_attention():

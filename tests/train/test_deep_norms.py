@@ -13,7 +13,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.ledger("P094")
 def test_only_norms_before_the_layers_train_without_warm_up(tmp_path):
     """Three seeds: with norms after them a deep model stays at chance, and a shallow one learns."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -142,7 +142,7 @@ GIVEN = 8 * 16 * 4
         (shift, "collective-permute", GIVEN),
     ],
 )
-@pytest.mark.parametrize("rounds", [1, 6])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_compiled_collectives_are_those_that_were_asked_for(function, kind, sent, rounds):
     """Eight devices, and a loop whose rounds depend on each other."""
     mesh = make_mesh(MeshShape(data=8))

@@ -95,6 +95,7 @@ def test_an_unreachable_coordinator(tiny, folder):
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_job_whose_others_do_not_come(tiny, folder):
     """Process 0 waits for the second in vain; then the port that it needs is another's."""
     words = ("train", tiny, "--run-dir", folder / "never", "--join-timeout", "2")

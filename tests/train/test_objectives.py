@@ -357,6 +357,7 @@ def head_of(params):
     return partition(params, lambda path: path.startswith("classifier/"))
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("B42")
 def test_joint_loss():
     """ln p(x, y) = ln p(x) + ln p(y | x); phi and theta both learn from it."""

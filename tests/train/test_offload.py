@@ -117,6 +117,7 @@ def test_moments_lie_in_the_hosts_memory(optimizer):
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, kept.opt_state)
 
 
+@pytest.mark.slow
 @simulates
 @pytest.mark.parametrize("before, later", [(True, False), (False, True)], ids=["back", "away"])
 def test_a_checkpoint_does_not_say_where_moments_lie(tmp_path, before, later):

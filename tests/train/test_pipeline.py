@@ -90,7 +90,7 @@ slow = pytest.mark.slow
     [
         pytest.param("gpt2", 2, GPIPE, marks=slow),
         pytest.param("gpt2", 2, INTERLEAVED, marks=slow),
-        ("gpt2", 4, GPIPE),
+        pytest.param("gpt2", 4, GPIPE, marks=slow),
         pytest.param("gpt2", 4, INTERLEAVED, marks=slow),
         pytest.param("llama", 2, GPIPE, marks=slow),
         ("llama", 2, INTERLEAVED),
@@ -223,6 +223,7 @@ def test_it_takes_as_many_ticks_as_the_schedule(pipeline, ticks):
     assert lengths == [ticks, ticks]
 
 
+@pytest.mark.slow
 def test_stages_send_to_each_other():
     """The compiled program permutes activations, and gathers no layer's parameters (GPipe)."""
     recipe = recipe_of(MODELS["gpt2"], pipeline=GPIPE)

@@ -236,6 +236,7 @@ def test_pmap_equals_one_device(parts):
         np.testing.assert_array_equal(replicas, np.broadcast_to(replicas[:1], replicas.shape), path)
 
 
+@pytest.mark.slow
 @pytest.mark.ledger("D03")
 def test_pmap_gradients_equal_one_device():
     """At each of five steps, each road with the parameters that it came to itself."""

@@ -44,7 +44,6 @@ def sent(recipe: Recipe, tensor: int, layers: int) -> dict[str, int]:
     return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in SENDING}
 
 
-@pytest.mark.ledger("P094")
 @pytest.mark.parametrize("tensor", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_block_sends_two_sums(family, tensor):
@@ -54,7 +53,6 @@ def test_a_block_sends_two_sums(family, tensor):
     assert more == {**dict.fromkeys(SENDING, 0), "all-reduce": 2 * 2}
 
 
-@pytest.mark.ledger("P094")
 @pytest.mark.parametrize("tensor", [2, 4, 8])
 def test_a_device_holds_its_share_of_a_block(tensor):
     """Of every kernel exactly 1/n."""
