@@ -45,6 +45,26 @@ def random_tokens(shape: Shape) -> Any:
     return np.random.default_rng(0).integers(0, shape.vocab_size, size).astype(np.int32)
 
 
+def requests(directory: str | Path, count: int, prompt: int, new: int) -> list[tuple[Any, int]]:
+    """Returns prompts of drawn lengths, token ids each, and how many tokens are to follow each.
+
+    Args:
+      directory: of the inputs.
+      count: how many.
+      prompt, new: most tokens of a prompt, and after it; drawn evenly from an eighth of it on.
+    """
+    import numpy as np
+
+    ids, draw = batches(directory)[..., :-1].reshape(-1), np.random.default_rng(0)
+    lengths = draw.integers(max(1, prompt // 8), prompt + 1, count)
+    follow = draw.integers(max(2, new // 8), new + 1, count)
+    starts = draw.integers(0, max(1, len(ids) - prompt), count)
+    return [
+        (np.resize(ids[start:], length).tolist(), int(more))
+        for start, length, more in zip(starts, lengths, follow)
+    ]
+
+
 def attention_operands(rows: int, length: int) -> list[Any]:
     """Returns (B, T, N, H) fp32 queries, keys, values, and what the outputs are weighed by.
 

@@ -1,12 +1,13 @@
 """This library as a contestant, on the road that its users take."""
 
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inputs import WEIGHTS, batches
+from benchmarks.inputs import WEIGHTS, batches, requests
 from benchmarks.shapes import DTYPES, SHAPES
 from benchmarks.worker import Work
 from lm.core.runtime import prepare
@@ -19,6 +20,7 @@ import numpy as np
 from lm.core.batch import Batch
 from lm.core.paths import unflatten
 from lm.infer.generate import generate_tokens
+from lm.infer.serve import Batcher
 from lm.interop.hf import load_directory
 from lm.models import params as P
 from lm.models.adapters import LoRA
@@ -81,6 +83,12 @@ def read_params(shape: str, inputs: str) -> Any:
         return load_directory(directory).params
     with np.load(directory.with_suffix(".npz")) as file:
         return unflatten({name: file[name] for name in file})
+
+
+def read_model(shape: str, inputs: str, dtype: str) -> tuple[Any, Any]:
+    """Returns a model and its parameters, stored in a dtype, for decoding."""
+    params = read_params(shape, inputs)
+    return build(shape), jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, DTYPES[dtype]), params)
 
 
 def device_peak() -> int:
@@ -146,28 +154,104 @@ def train(
     )
 
 
-def decode(shape: str, inputs: str, dtype: str = "fp32", prompt: int = 128) -> Work:
+def decode(
+    shape: str,
+    inputs: str,
+    dtype: str = "fp32",
+    prompt: int = 128,
+    cache_dtype: str | None = None,
+) -> Work:
     """Decodes greedily by `generate_tokens`, which `lm.generate` calls.
 
     Args:
       shape, inputs, dtype: as of `train`; parameters are stored in the dtype, too.
       prompt: tokens of every prompt.
+      cache_dtype: of keys and values, as of `generate_tokens`.
     """
-    model, params = build(shape), read_params(shape, inputs)
-    params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, DTYPES[dtype]), params)
+    model, params = read_model(shape, inputs, dtype)
     ids = batches(inputs)[..., :-1].reshape(-1)
+    settings = dict(temperature=0.0, dtype=DTYPES[dtype], cache_dtype=cache_dtype)
 
     def run(count: int, batch: int, new: int) -> list[list[list[int]]]:
         rows = np.resize(ids, (batch, prompt)).tolist()
-        options = dict(max_new_tokens=new, temperature=0.0, dtype=DTYPES[dtype])
+        options = dict(max_new_tokens=new, **settings)
         return [generate_tokens(model, params, rows, **options).rows() for _ in range(count)]
 
     return Work(
         run,
         {
-            "settings": f"generate_tokens, parameters and computation in {dtype}",
+            "settings": f"generate_tokens, parameters and computation in {dtype}"
+            + (f", cache in {cache_dtype}" if cache_dtype else ""),
             "parameters": P.count(params),
             "bytes": num_bytes(params),
+            "device": jax.devices()[0].device_kind,
+        },
+        device_peak,
+    )
+
+
+def serve(
+    shape: str,
+    inputs: str,
+    dtype: str,
+    count: int,
+    prompt: int,
+    new: int,
+    slots: int,
+    cache_dtype: str | None = None,
+    static: bool = False,
+) -> Work:
+    """Continues prompts of different lengths, each by its own number of tokens.
+
+    Args:
+      shape, inputs, dtype, cache_dtype: as of `decode`.
+      count, prompt, new: as of `benchmarks.inputs.requests`.
+      slots: rows that decode together.
+      static: whether every `slots` of them are one call of `generate_tokens`, which goes on until
+        the longest is done; otherwise rows go on to the next prompt (`Batcher`).
+    """
+    model, params = read_model(shape, inputs, dtype)
+    asked = requests(inputs, count, prompt, new)
+    settings = dict(dtype=DTYPES[dtype], cache_dtype=cache_dtype)
+
+    def continuous() -> dict[str, Any]:
+        for ids, more in asked:
+            batcher.submit(ids, max_new_tokens=more, temperature=0.0)
+        done = sorted(batcher.run(), key=lambda one: one.index)
+        first = [one.waited + one.first_token for one in done]
+        return {"tokens": [one.tokens for one in done], "first": first}
+
+    def in_batches() -> dict[str, Any]:
+        began, tokens, first = time.perf_counter(), [], []
+        for at in range(0, count, slots):
+            part = asked[at : at + slots]
+            before = time.perf_counter() - began
+            seconds: list[float] = []
+            made = generate_tokens(
+                model,
+                params,
+                [ids for ids, _ in part],
+                max_new_tokens=max(more for _, more in part),
+                temperature=0.0,
+                report=lambda speed, seconds=seconds: seconds.append(speed.first_token),
+                **settings,
+            )
+            first += [before + seconds[0]] * len(part)
+            tokens += [row[:more] for row, (_, more) in zip(made.rows(), part)]
+        return {"tokens": tokens, "first": first}
+
+    if static:
+        once, how = in_batches, f"generate_tokens of {slots} prompts at a time"
+    else:
+        rows = dict(slots=slots, prompt_length=prompt, max_new_tokens=new)
+        batcher = Batcher(model, params, **rows, **settings)
+        once, how = continuous, f"Batcher of {slots} rows"
+    cache = f", cache in {cache_dtype}" if cache_dtype else ""
+    return Work(
+        lambda count: [once() for _ in range(count)],
+        {
+            "settings": f"{how}, parameters and computation in {dtype}{cache}",
+            "tokens": sum(more for _, more in asked),
             "device": jax.devices()[0].device_kind,
         },
         device_peak,

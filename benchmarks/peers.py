@@ -1,6 +1,8 @@
 """Who takes part: NAME, or NAME with ways to run it, 'hf+compile', as contestants of a race.
 
-Ways of ours are fields of `TrainConfig`: 'lm+micro_batches=16'.
+Ways of ours are fields of `TrainConfig`, 'lm+micro_batches=16', options of its contestant, such as
+decoding's 'lm+cache_dtype=int8', or variables of the environment, in capitals:
+'lm+XLA_FLAGS=--xla_cpu_enable_fast_math=true'.
 """
 
 import os
@@ -71,10 +73,19 @@ FINETUNING = {
 DECODING = {
     "lm": Peer("benchmarks.ours:decode", "this library"),
     "hf": Peer(
-        "benchmarks.torches:generate",
+        "benchmarks.torch_decode:generate",
         "transformers generate",
         ("gpt2", "llama"),
         ways=("static", "compile", HEAP),
+    ),
+}
+SERVING = {
+    "lm": Peer("benchmarks.ours:serve", "this library, continuous batching", ways=("static",)),
+    "hf": Peer(
+        "benchmarks.torch_decode:serve",
+        "transformers",
+        ("gpt2", "llama"),
+        ways=("continuous", HEAP),
     ),
 }
 DATA = {
@@ -130,13 +141,16 @@ def contestant(
 ) -> Contestant:
     """Returns one that takes part; arguments and errors as of `contestants`."""
     chosen: dict[str, Any] = {}
+    variables: dict[str, str] = {}
     for way in ways:
         key, _, value = way.partition("=")
         ours = value and peer.make.startswith(("benchmarks.ours:", "benchmarks.pipeline:"))
         if not ours and way not in peer.ways:
             there = ", ".join(peer.ways) or "no other"
             raise ValueError(f"{name.split('+')[0]} has no way {way!r} to run: {there}")
-        if way != HEAP:
+        if ours and key.isupper():
+            variables[key] = value
+        elif way != HEAP:
             chosen[key] = (int(value) if value.isdigit() else value) if value else True
     folder = tempfile.mkdtemp(dir=caches)
     env = {"JAX_COMPILATION_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
@@ -145,10 +159,10 @@ def contestant(
     env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if HEAP in ways:
         env["LM_KEEP_HEAP"] = "0"
-    elif "torches" in peer.make:
+    elif "benchmarks.torch" in peer.make:
         env |= KEPT_HEAP
     merged = {**dict(peer.options), **options, **chosen}
-    return Contestant(name, peer.make, merged, env, python)
+    return Contestant(name, peer.make, merged, env | variables, python)
 
 
 def parse_pythons(pairs: Sequence[str]) -> dict[str, str]:

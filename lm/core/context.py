@@ -34,6 +34,8 @@ class Context:
       attention: its backend, 'auto' or a name in `lm.ops.attention.BACKENDS`.
       context_parallel: how it reaches keys on other devices, where a mesh divides the places of a
         row; in `lm.ops.attention.CONTEXT_PARALLEL`.
+      sequence_parallel: whether the devices that share heads and feed-forward share the places of
+        the residual stream, too.
       remat: what the backward pass recomputes in each repeat of the stack: 'none', 'dots' (all
         but the products of projections), 'full', or 'offload' (as 'dots', with those products kept
         in the host's memory).
@@ -61,6 +63,7 @@ class Context:
     cache_dtype: str | None = struct.field(pytree_node=False, default=None)
     attention: str = struct.field(pytree_node=False, default="auto")
     context_parallel: str = struct.field(pytree_node=False, default="ulysses")
+    sequence_parallel: bool = struct.field(pytree_node=False, default=False)
     remat: str = struct.field(pytree_node=False, default="none")
     unroll: int | None = struct.field(pytree_node=False, default=None)
     pipeline: Pipeline = struct.field(pytree_node=False, default=GPIPE)

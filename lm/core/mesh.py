@@ -26,6 +26,8 @@ RULES: dict[str, MeshAxes] = {
 }
 BATCH_AXES = ("data", "fsdp")
 PLACES_AXIS = "sequence"
+# What divides the places of the residual stream where tensor parallelism leaves it divided.
+STREAM_AXES = (PLACES_AXIS, "tensor")
 # A dimension that the mesh does not divide stays whole on every device, if it is a vocabulary
 # (which training pads first), or if there are fewer key and value heads than devices.
 VOCAB, KV_HEADS = "vocab", "kv_heads"
@@ -177,27 +179,45 @@ def automatic_axes() -> dict[str, int]:
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
 
 
-def check_places(length: int, devices: int) -> None:
-    """Raises a ValueError if a row's places do not divide over the devices that share them."""
+def check_places(length: int, **over: int) -> None:
+    """Raises a ValueError if a row's places do not divide over the devices that share them.
+
+    Args:
+      length: of a row.
+      over: axis -> how many devices lie along it.
+    """
+    devices = math.prod(over.values())
     if length % devices:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in over.items())
         raise ValueError(
-            f"rows of {length} places do not divide over the mesh's {PLACES_AXIS}={devices}: "
+            f"rows of {length} places do not divide over the mesh's {sizes}: "
             f"choose a length that is a multiple of {devices}, or another mesh"
         )
 
 
-def lay_places(x_BT: jax.Array) -> jax.Array:
-    """Lays the rows and places of an activation out as the batch's, where a mesh divides places.
+def lay_places(x_BT: jax.Array, over: Sequence[str] = (PLACES_AXIS,)) -> jax.Array:
+    """Lays the rows and places of an activation out, where one of some axes divides places.
 
     Args:
       x_BT: (B, T, ...).
+      over: those axes.
     """
     axes = automatic_axes()
-    if axes.get(PLACES_AXIS, 1) == 1:
+    sizes = {axis: axes[axis] for axis in over if axes.get(axis, 1) > 1}
+    if not sizes:
         return x_BT
-    check_places(x_BT.shape[1], axes[PLACES_AXIS])
-    rows = tuple(axis for axis in BATCH_AXES if axis in axes)
-    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows, PLACES_AXIS))
+    check_places(x_BT.shape[1], **sizes)
+    return _lay(x_BT, tuple(sizes))
+
+
+def gather_places(x_BT: jax.Array) -> jax.Array:
+    """Gathers the places of an activation that the tensor axis divides, and leaves the others."""
+    return x_BT if automatic_axes().get("tensor", 1) == 1 else _lay(x_BT, PLACES_AXIS)
+
+
+def _lay(x_BT: jax.Array, places: MeshAxes) -> jax.Array:
+    rows = tuple(axis for axis in BATCH_AXES if axis in automatic_axes())
+    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows, places))
 
 
 def num_stages() -> int:

@@ -19,10 +19,12 @@ from lm.core.config import check_name, fields_of, find_class
 def apply_overrides(config: Any, arguments: Sequence[str]) -> Any:
     """Returns the config with `--dotted.field value` (or `--dotted.field=value`) pairs applied.
 
-    Dashes in names stand for underscores. 'none', 'true' and 'false' are what they say; a tuple is
-    written '1,2'. A field that holds an object takes the name of another class of its module,
-    which keeps what was set in the fields that both have (`--optimizer Muon`), or several of its
-    fields at once, the others staying as they are (`--mesh fsdp=4,tensor=2`).
+    Dashes in names stand for underscores, and a field of a field may go by its own name where
+    only one has it (`--parallel pmap` for `--train.parallel pmap`). 'none', 'true' and 'false' are
+    what they say; a tuple is written '1,2'. A field that holds an object takes the name of another
+    class of its module, which keeps what was set in the fields that both have
+    (`--optimizer Muon`), or several of its fields at once, the others staying as they are
+    (`--mesh fsdp=4,tensor=2`).
 
     Raises:
       ValueError: naming an unknown field and the nearest right one, a value of another type and
@@ -38,8 +40,23 @@ def apply_overrides(config: Any, arguments: Sequence[str]) -> Any:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value")
             text = rest.pop(0)
-        config = set_field(config, name.replace("-", "_"), text)
+        config = set_field(config, whole_path(config, name.replace("-", "_")), text)
     return config
+
+
+def whole_path(config: Any, path: str) -> str:
+    """Returns the path of a field that is named without the field which it belongs to.
+
+    A path that begins at the config, that no field has, or several, is returned as it is.
+    """
+    name, own = path.partition(".")[0], fields_of(type(config))
+    owners = [
+        owner
+        for owner in own
+        if dataclasses.is_dataclass(held := getattr(config, owner))
+        and name in fields_of(type(held))
+    ]
+    return path if name in own or len(owners) != 1 else f"{owners[0]}.{path}"
 
 
 def set_field(config: Any, path: str, text: str) -> Any:

@@ -123,12 +123,16 @@ class CharTokenizer:
         return ([self.bos_id, *self.encode(text)] + [self.pad_id] * length)[:length]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text up to the first end-of-text, without special symbols."""
+        """Returns the text up to the first end-of-text, without special symbols.
+
+        An id that no symbol has, which a model with a larger vocabulary may draw, is U+FFFD, too.
+        """
         unk_id, symbols = self._ids.get(self.unk or ""), []
         for i in map(int, ids):
             if i == self.eos_id:
                 break
-            symbols.append("\N{REPLACEMENT CHARACTER}" if i == unk_id else self.symbols[i])
+            is_known = i != unk_id and 0 <= i < len(self.symbols)
+            symbols.append(self.symbols[i] if is_known else "\N{REPLACEMENT CHARACTER}")
         return "".join(symbol for symbol in symbols if len(symbol) == 1)
 
     def save(self, path: str | Path) -> None:

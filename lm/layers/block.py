@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from lm.core.context import Context
+from lm.core.mesh import STREAM_AXES, gather_places, lay_places
 from lm.core.part import Part
 from lm.layers.dropout import Dropout
 
@@ -19,8 +20,8 @@ class PreNorm(Part):
 
     @nn.compact
     def __call__(self, x_BTD: Array, ctx: Context, state=None):
-        y_BTD, state = self.layer(self.norm(x_BTD), ctx, state)
-        return x_BTD + Dropout(self.dropout)(y_BTD, ctx), state
+        y_BTD, state = self.layer(gathered(self.norm(x_BTD), ctx), ctx, state)
+        return x_BTD + Dropout(self.dropout)(stream(y_BTD, ctx), ctx), state
 
 
 class PostNorm(Part):
@@ -32,8 +33,22 @@ class PostNorm(Part):
 
     @nn.compact
     def __call__(self, x_BTD: Array, ctx: Context, state=None):
-        y_BTD, state = self.layer(x_BTD, ctx, state)
-        return self.norm(x_BTD + Dropout(self.dropout)(y_BTD, ctx)), state
+        y_BTD, state = self.layer(gathered(x_BTD, ctx), ctx, state)
+        return self.norm(x_BTD + Dropout(self.dropout)(stream(y_BTD, ctx), ctx)), state
+
+
+def stream(x_BTD: Array, ctx: Context) -> Array:
+    """Returns the residual stream, its places divided as the mesh and `ctx` have it.
+
+    With `ctx.sequence_parallel` the sum over devices that a layer ends with is scattered over its
+    places, and gathered before the next layer (Korthikanti et al., 2022).
+    """
+    return lay_places(x_BTD, STREAM_AXES if ctx.sequence_parallel else STREAM_AXES[:1])
+
+
+def gathered(x_BTD: Array, ctx: Context) -> Array:
+    """Returns what of `stream` a layer reads: all places of the devices that share its heads."""
+    return gather_places(x_BTD) if ctx.sequence_parallel else x_BTD
 
 
 class Block(Part):

@@ -49,6 +49,7 @@ class EncoderDecoder(Model):
             dtype=ctx.dtype,
             attention=ctx.attention,
             context_parallel=ctx.context_parallel,
+            sequence_parallel=ctx.sequence_parallel,
             remat=ctx.remat,
             unroll=ctx.unroll,
             pipeline=ctx.pipeline,

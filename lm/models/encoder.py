@@ -53,6 +53,7 @@ class TwoTower(Part):
             dtype=ctx.dtype,
             attention=ctx.attention,
             context_parallel=ctx.context_parallel,
+            sequence_parallel=ctx.sequence_parallel,
         )
         left_BD = self.left.pooled(tokens_BT, ctx)
         right_BD = self.right.pooled(ctx.source_BS, right)

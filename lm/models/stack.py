@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 
 from lm.core.context import Context
-from lm.core.mesh import BATCH_AXES, lay_places, num_stages, target_platform
+from lm.core.mesh import BATCH_AXES, num_stages, target_platform
 from lm.core.part import Part
 from lm.layers.attention import indices
+from lm.layers.block import gathered, stream
 from lm.layers.cache import places
 from lm.layers.projection import PRODUCT
 from lm.models.pipeline import pipelined
@@ -84,7 +85,7 @@ class Stack(Part):
         """Returns (B, T, D) and the new decoding state {'prefix', 'pattern', 'suffix'} or None."""
         if self.entry is not None:
             x_BTD = self.entry(x_BTD, ctx)
-        x_BTD = lay_places(x_BTD)
+        x_BTD = stream(x_BTD, ctx)
         if self.bias is not None:
             index_T = indices(ctx, x_BTD.shape[1])
             index_S = index_T
@@ -98,7 +99,9 @@ class Stack(Part):
         x_BTD, new["suffix"] = self.suffix(x_BTD, ctx, old["suffix"])
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
-        return x_BTD, new if state is not None or ctx.cache_length is not None else None
+        return gathered(
+            x_BTD, ctx
+        ), new if state is not None or ctx.cache_length is not None else None
 
     def repeat(self, x_BTD: Array, ctx: Context, state):
         params = self.variables.get("params", {}).get("pattern")
@@ -109,7 +112,7 @@ class Stack(Part):
 
         def step(pattern, x_BTD, state):
             x_BTD, state = pattern(x_BTD, ctx, state)
-            return lay_places(x_BTD), state
+            return stream(x_BTD, ctx), state
 
         unroll = ctx.unroll
         if unroll is None:

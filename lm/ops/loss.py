@@ -9,12 +9,19 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
-from lm.core.mesh import BATCH_AXES, PLACES_AXIS, automatic_axes
+from lm.core.mesh import BATCH_AXES, PLACES_AXIS, automatic_axes, target_platform
 
 Array = jax.Array
 
-# Logits are held for so many places at a time that a device's take this many bytes, as fp32.
-CHUNK_BYTES = 1 << 26
+# Logits are held for so many places at a time that a device's take this many bytes, as fp32: on a
+# CPU, and on an accelerator, where adding up the gradient of a head of 50,000 tokens takes as long
+# as the products of 300 places, and such a chunk has 2,600.
+CHUNK_BYTES_CPU, CHUNK_BYTES = 1 << 27, 1 << 29
+
+
+def default_chunk_bytes(platform: str | None = None) -> int:
+    """Returns how many bytes of fp32 logits a device holds; None is what is traced for."""
+    return CHUNK_BYTES_CPU if (platform or target_platform()) == "cpu" else CHUNK_BYTES
 
 
 @struct.dataclass
@@ -103,7 +110,7 @@ def head_cross_entropy(
     weights_BT: Array,
     vocab_size: int,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     **options: float,
 ) -> CrossEntropy:
     """Returns `cross_entropy(unembed(x), ...)` without ever holding the logits of all places.
@@ -117,10 +124,12 @@ def head_cross_entropy(
       x_BTD: hidden states.
       targets_BT, weights_BT, options: as of `cross_entropy`.
       vocab_size: V.
-      chunk_bytes: of the fp32 logits that a device may hold. Every chunk gathers a head that is
-        divided over devices, and adds up its gradient, so that they are not to be many.
+      chunk_bytes: of the fp32 logits that a device may hold; None is `default_chunk_bytes`. Every
+        chunk gathers a head that is divided over devices, and adds up its gradient, so that they
+        are not to be many.
     """
     B, T, _ = x_BTD.shape
+    chunk_bytes = chunk_bytes or default_chunk_bytes()
     at_once = max(1, chunk_bytes * _num_devices() // (4 * B * vocab_size))
     if at_once >= T:
         return cross_entropy(unembed(x_BTD), targets_BT, weights_BT, **options)

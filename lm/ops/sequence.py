@@ -51,7 +51,7 @@ class Layout(NamedTuple):
         """Raises a ValueError if the mesh does not divide this, or it reads from a cache."""
         (B, T, N), (S, K) = q_BTNH.shape[:3], k_BSKH.shape[1:3]
         for length in (T, S):
-            check_places(length, self.devices)
+            check_places(length, sequence=self.devices)
         rows, parts = 1, self.head_parts
         for axis in self.rows or ():
             rows *= self.axes[axis]

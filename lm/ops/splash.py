@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from lm.core.mesh import BATCH_AXES, RULES
+from lm.core.mesh import BATCH_AXES, RULES, automatic_axes
 from lm.ops.mask import Mask
 
 Array = jax.Array
@@ -53,7 +53,11 @@ def splash_attend(
         rows, rows_heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, RULES["heads"])
         specs = (*[rows_heads] * 3, rows, PartitionSpec(RULES["heads"]))
         whole = jax.shard_map(
-            whole, in_specs=specs, out_specs=rows_heads, axis_names=_free_axes(), check_vma=False
+            whole,
+            in_specs=specs,
+            out_specs=rows_heads,
+            axis_names=set(automatic_axes()),
+            check_vma=False,
         )
     out_BNTH = whole(*operands)
     out_BTNH = out_BNTH.swapaxes(1, 2)[:, :T]
@@ -66,17 +70,7 @@ def splash_attend(
 def _mesh() -> AbstractMesh | None:
     """Returns the mesh over whose devices the compiler would divide what is traced, or None."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if any(mesh.shape[axis] > 1 for axis in _free_axes()) else None
-
-
-def _free_axes() -> set[str]:
-    """Returns the axes of the current mesh that the compiler divides over.
-
-    Within a pipeline that is not `stage`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    pairs = zip(mesh.axis_names, mesh.axis_types)
-    return {axis for axis, kind in pairs if kind != AxisType.Manual}
+    return mesh if any(size > 1 for size in automatic_axes().values()) else None
 
 
 def _segments(mask: Mask, B: int, T: int, S: int) -> tuple[Array, Array] | None:

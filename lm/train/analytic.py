@@ -13,12 +13,13 @@ from lm.core.mesh import MeshShape, num_batch_shards
 from lm.core.paths import flatten
 from lm.models.kernels import kernels
 from lm.ops.attention import FLASH_LENGTH
-from lm.ops.loss import CHUNK_BYTES
+from lm.ops.loss import default_chunk_bytes
 from lm.train.chips import DEVICES, measure_host
 from lm.train.experiment import Experiment
 from lm.train.plan import (
     Cost,
     Plan,
+    bytes_here,
     layout_lines,
     make_plan,
     model_flops,
@@ -50,7 +51,8 @@ def plan_device(device: str, experiment: Experiment, batch: Batch) -> Plan:
     config, recipe = experiment.train, experiment.recipe()
     check_batch_size(config.batch_size, recipe.micro_batches, num_batch_shards(mesh))
     shapes = abstract_state(recipe, mesh)
-    cost = estimate(recipe, mesh, shapes, batch)
+    chunk_bytes = default_chunk_bytes(device)
+    cost = estimate(recipe, mesh, shapes, batch, chunk_bytes)
     if device == "cpu":
         devices = jax.devices("cpu")[:1] * mesh.size
     else:
@@ -75,7 +77,7 @@ def abstract_mesh(shape: MeshShape) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
-def estimate(recipe: Recipe, mesh: Any, state: TrainState, batch: Batch) -> Cost:
+def estimate(recipe: Recipe, mesh: Any, state: TrainState, batch: Batch, chunk_bytes: int) -> Cost:
     """Returns the memory that a step takes on each device of a mesh.
 
     Arguments are parameters, optimizer state and batch as they are laid out. Temporaries are fp32
@@ -88,19 +90,12 @@ def estimate(recipe: Recipe, mesh: Any, state: TrainState, batch: Batch) -> Cost
     held = bytes_here(state, shardings)
     gradients = bytes_here(trained, trained_here) * (2 if recipe.micro_batches > 1 else 1)
     rows, length = places_of(batch)
-    here = Tokens(rows // shards // recipe.micro_batches, length, rows // recipe.micro_batches)
+    own = rows // recipe.micro_batches
+    here = Tokens(own // shards, length, own, chunk_bytes)
     return Cost(
         temporary_bytes=round(gradients + activation_bytes(recipe, mesh, state.params, here)),
         argument_bytes=held + num_bytes(batch) // shards,
         output_bytes=held,
-    )
-
-
-def bytes_here(tree: Any, shardings: Any) -> int:
-    """Returns the bytes of a tree's leaves on one device."""
-    return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))
     )
 
 
@@ -112,11 +107,13 @@ class Tokens:
       rows: of a micro-batch on one device.
       length: of a row.
       all_rows: of a micro-batch on all devices.
+      chunk_bytes: of fp32 logits that it holds at a time.
     """
 
     rows: int
     length: int
     all_rows: int
+    chunk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ def activation_bytes(recipe: Recipe, mesh: Any, params: Any, here: Tokens) -> fl
     features = widths.stream // widths.repeats
     places = here.rows * here.length
     vocabulary = recipe.model.vocab_size
-    at_once = max(1, CHUNK_BYTES * mesh.size // (4 * here.all_rows * vocabulary))
+    at_once = max(1, here.chunk_bytes * mesh.size // (4 * here.all_rows * vocabulary))
     logits = here.rows * min(at_once, here.length) * vocabulary / mesh.shape["tensor"]
     return places * (kept + 4 * a * features) + 3 * 4 * logits
 

@@ -84,6 +84,9 @@ class TrainConfig:
       context_parallel: how attention reaches keys on other devices, where the mesh has a sequence
         axis: 'ulysses', places exchanged for heads, which the devices must divide; or 'ring', keys
         passed from device to device.
+      sequence_parallel: whether the devices of a tensor axis divide the places of a row between the
+        layers (Korthikanti et al., 2022): same result, as many bytes sent, and 1/tensor of what
+        norms, dropout and the residual stream keep for the backward pass.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
         what kernels of projections that do not train are quantized as, 'int8', 'int4' or 'nf4'
         (QLoRA; Dettmers et al., 2023).
@@ -106,6 +109,7 @@ class TrainConfig:
     remat: str = "none"
     attention: str = "auto"
     context_parallel: str = "ulysses"
+    sequence_parallel: bool = False
     frozen_dtype: str = "float32"
     seed: int = 0
     parallel: str = "jit"
@@ -204,6 +208,7 @@ class Experiment:
             self.train.context_parallel,
             self.train.pipeline,
             self.train.offload_optimizer,
+            self.train.sequence_parallel,
         )
         return recipe.over(self.train.steps)
 
@@ -214,6 +219,7 @@ FREE = (
     "train.parallel",
     "train.micro_batches",
     "train.context_parallel",
+    "train.sequence_parallel",
     "train.pipeline",
     "train.offload_optimizer",
     "train.keep",

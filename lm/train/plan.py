@@ -204,6 +204,14 @@ def mega(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
+def bytes_here(tree: Any, shardings: Any) -> int:
+    """Returns the bytes of a tree's leaves on one device."""
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))
+    )
+
+
 def layout_lines(recipe: Recipe, mesh: Mesh, state: TrainState) -> dict[str, str]:
     """Returns what the plan of a run says about where its state lies, name -> text.
 
@@ -216,14 +224,8 @@ def layout_lines(recipe: Recipe, mesh: Mesh, state: TrainState) -> dict[str, str
     axes, leaves = axes_of(recipe.model), flatten(state.params)
     shardings = state_shardings(recipe, mesh, state)
     shares = {
-        name: sum(
-            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(where))
-        )
-        for name, tree, where in (
-            ("parameters", state.params, shardings.params),
-            ("optimizer", state.opt_state, shardings.opt_state),
-        )
+        "parameters": bytes_here(state.params, shardings.params),
+        "optimizer": bytes_here(state.opt_state, shardings.opt_state),
     }
     text = ", ".join(f"{mega(share)} of {name}" for name, share in shares.items())
     lines = {"memory per device": text}

@@ -66,7 +66,7 @@ class Recipe:
       dtype: compute dtype, 'float32' or 'bfloat16'; parameters are fp32 in any case.
       remat: what the backward pass computes again: 'none', 'dots', 'full' or 'offload'.
       attention: its backend; 'auto' leaves it to `lm.ops.attention.choose`.
-      context_parallel: how attention reaches keys on other devices, as of `TrainConfig`.
+      context_parallel, sequence_parallel: as of `TrainConfig`.
       pipeline: how rows pass through layers that lie on several stages.
       adapter: put beside the model's kernels before the first step, or None.
       frozen_dtype: what parameters that do not train are stored in, 'float32' or 'bfloat16'; or
@@ -88,6 +88,7 @@ class Recipe:
     context_parallel: str = "ulysses"
     pipeline: Pipeline = GPIPE
     offload_optimizer: bool = False
+    sequence_parallel: bool = False
 
     def context(self, deterministic: bool = False) -> Context:
         """Returns the context of a training call, or of an evaluation (deterministic)."""
@@ -97,6 +98,7 @@ class Recipe:
             dtype=self.dtype,
             attention=self.attention,
             context_parallel=self.context_parallel,
+            sequence_parallel=self.sequence_parallel,
             remat=self.remat,
             # Unrolled, XLA's CPU backend holds the dequantized kernels of many layers at once.
             unroll=1 if self.frozen_dtype in KINDS else None,

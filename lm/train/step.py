@@ -188,7 +188,7 @@ def check_lengths(batch: Batch, mesh: Mesh) -> None:
         )
     for ids in (batch.tokens, batch.source):
         if ids is not None:
-            check_places(ids.shape[1], devices)
+            check_places(ids.shape[1], sequence=devices)
 
 
 def jit_evaluate(mesh: Mesh) -> Callable[[Recipe, Any, Batch], Metrics]:

@@ -4,7 +4,14 @@ import sys
 
 import pytest
 
-from benchmarks.peers import FINETUNING, KEPT_HEAP, TRAINING, contestants, parse_pythons
+from benchmarks.peers import (
+    FINETUNING,
+    KEPT_HEAP,
+    SERVING,
+    TRAINING,
+    contestants,
+    parse_pythons,
+)
 
 COMMON = {"shape": "gpt2", "inputs": "there", "dtype": "bf16"}
 
@@ -22,10 +29,19 @@ def test_ours_comes_first_and_ways_are_options(tmp_path):
     assert found[2].options == {**COMMON, "micro_batches": 4}
 
 
+def test_capitals_are_variables_of_ours(tmp_path):
+    name = "lm+XLA_FLAGS=--xla_cpu_enable_fast_math=true"
+    (plain, flagged), _ = make([name], tmp=tmp_path)
+    assert flagged.options == plain.options == COMMON
+    assert flagged.env["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true"
+    assert "XLA_FLAGS" not in plain.env
+
+
 def test_torch_gets_the_heap_that_ours_has(tmp_path):
     found, _ = make(["hf", "hf+plainheap", "lm+plainheap"], tmp=tmp_path)
     env = {one.name: one.env for one in found}
-    assert KEPT_HEAP.items() <= env["hf"].items()
+    (_, serving), _ = make(["hf+continuous"], tmp=tmp_path, known=SERVING)
+    assert KEPT_HEAP.items() <= env["hf"].items() & serving.env.items()
     assert not KEPT_HEAP.keys() & env["hf+plainheap"].keys()
     assert env["lm+plainheap"]["LM_KEEP_HEAP"] == "0"
 
@@ -56,6 +72,7 @@ def test_options_of_a_command(tmp_path):
         ("hugging", "there is no peer 'hugging' here: choose from lm, hf, litgpt, torch"),
         ("hf+fast", "hf has no way 'fast' to run: compile, pure, plainheap"),
         ("hf+micro_batches=2", "hf has no way 'micro_batches=2' to run"),
+        ("hf+XLA_FLAGS=x", "hf has no way 'XLA_FLAGS=x' to run"),
     ],
 )
 def test_bad_names(name, message, tmp_path):

@@ -1,5 +1,6 @@
 """A column of its own: the same numbers on every mesh, each device with its part of the state."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -113,7 +114,12 @@ def test_a_mesh_changes_no_number(name, mesh_name):
         declared = shard_shape(axes[path], leaf.shape, mesh, model.vocab_size)
         assert {shard.data.shape for shard in leaf.addressable_shards} == {declared}, path
 
-    # Loss and gradients of parameters that are all random.
+    check_gradients(recipe, mesh, params, grads, loss)
+
+
+def check_gradients(recipe, mesh, params, grads, loss):
+    """Compares loss and gradients of parameters that are all random with one device's."""
+    model, axes = recipe.model, axes_of(recipe.model)
     state = init_state(recipe, 3, mesh, params)
     shardings = state_shardings(recipe, mesh, state).params
 
@@ -134,6 +140,20 @@ def test_a_mesh_changes_no_number(name, mesh_name):
         if "vocab" in axes[path]:
             room = np.delete(leaf, np.arange(model.vocab_size), axes[path].index("vocab"))
             assert not room.any(), path
+
+
+STREAMS = [
+    pytest.param(name, shape, marks=() if (name, shape.tensor) == ("gpt2", 2) else pytest.mark.slow)
+    for name in SIZES
+    for shape in (MeshShape(data=2, fsdp=2, tensor=2), MeshShape(data=1, fsdp=2, tensor=4))
+]
+
+
+@pytest.mark.parametrize("name, shape", STREAMS)
+def test_a_stream_that_tensor_divides_changes_no_number(name, shape):
+    recipe, (_, params, grads, loss) = on_one_device(name)
+    divided = dataclasses.replace(recipe, sequence_parallel=True)
+    check_gradients(divided, make_mesh(shape), params, grads, loss)
 
 
 # Published models whose heads eight devices divide.

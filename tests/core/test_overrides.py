@@ -49,11 +49,26 @@ def test_sets_fields_of_every_type():
     assert hash(new.model) == hash(apply_overrides(new, []).model)
 
 
+def test_a_field_may_go_by_its_own_name_where_one_has_it():
+    new = apply_overrides(CONFIG, ["--steps", "3", "--mode=pmap", "--stack.repeats", "2"])
+    assert new == apply_overrides(
+        CONFIG, ["--train.steps", "3", "--train.mode", "pmap", "--model.stack.repeats", "2"]
+    )
+    # The config's own field goes first; of two that have it none is meant.
+    own = dataclasses.replace(CONFIG, optimizer=Config(None))
+    assert apply_overrides(own, ["--run-dir", "x"]).optimizer.run_dir == "runs"
+    twice = dataclasses.replace(CONFIG, optimizer=Train())
+    with pytest.raises(ValueError, match=r"called 'steps'.*did you mean 'train.steps'"):
+        apply_overrides(twice, ["--steps", "3"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--train.step", "3"], r"field of Train called 'step': did you mean 'steps'"),
-        (["--steps", "3"], r"did you mean 'train.steps'"),
+        (["--stepz", "3"], r"did you mean 'train.steps'"),
+        (["--steps", "many"], "--steps takes int, not 'many'"),
+        (["--learning-rate.peak", "3"], "did you mean"),
         (["--train.steps", "many"], "--steps takes int, not 'many'"),
         (["--train.steps", "1.5"], "takes int"),
         (["--train.steps", "true"], "takes int"),

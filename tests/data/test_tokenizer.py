@@ -66,6 +66,8 @@ def test_unknown_characters_raise_or_map_or_go():
         char_tokenizer("abc").encode("aqc")
     mapped = char_tokenizer("abc", "unk")
     assert mapped.encode("aqc") == [4, 3, 6] and mapped.decode([4, 3, 6]) == "a\ufffdc"
+    # Ids of a model's padded vocabulary, which no symbol has.
+    assert mapped.decode([4, mapped.vocab_size, 6, 999]) == "a\ufffdc\ufffd"
     dropped = char_tokenizer("abc", "drop")
     assert dropped.encode("aqc") == [3, 5]
     with pytest.raises(ValueError, match="unknown should be one of"):

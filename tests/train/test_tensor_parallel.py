@@ -27,11 +27,11 @@ def recipe_of(family: str, layers: int) -> Recipe:
     return Recipe(model, Generative(), AdamW(Constant(1e-3)))
 
 
-def sent(recipe: Recipe, tensor: int, layers: int) -> dict[str, int]:
+def sent(recipe: Recipe, tensor: int, layers: int, **way) -> dict[str, int]:
     """Counts the collectives of a forward pass by kind, its layers unrolled."""
     mesh = make_mesh(MeshShape(tensor=tensor))
     state = abstract_state(recipe, mesh)
-    ctx = Context(unroll=layers)
+    ctx = Context(unroll=layers, **way)
 
     def forward(params, tokens_BT):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -51,6 +51,37 @@ def test_a_block_sends_two_sums(family, tensor):
     two, four = (sent(recipe_of(family, layers), tensor, layers) for layers in (2, 4))
     more = {kind: four[kind] - two[kind] for kind in SENDING}
     assert more == {**dict.fromkeys(SENDING, 0), "all-reduce": 2 * 2}
+
+
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_divided_stream_is_gathered_and_summed_twice_a_block(family):
+    """Before and after attention and the MLP (Korthikanti et al., 2022).
+
+    XLA's CPU backend cuts the sums down where TPU's scatters them (`test_ahead.py`).
+    """
+    two, four = (
+        sent(recipe_of(family, layers), 4, layers, sequence_parallel=True) for layers in (2, 4)
+    )
+    more = {kind: four[kind] - two[kind] for kind in SENDING}
+    assert more == {**dict.fromkeys(SENDING, 0), "all-reduce": 2 * 2, "all-gather": 2 * 2}
+
+
+def test_places_that_tensor_does_not_divide_are_refused():
+    recipe = recipe_of("gpt2", 2)
+    mesh = make_mesh(MeshShape(tensor=8))
+    tokens_BT = jnp.ones((8, 20), jnp.int32)
+    params = abstract_state(recipe).params
+    ctx = Context(sequence_parallel=True)
+
+    def forward(params):
+        return recipe.model.apply({"params": params}, tokens_BT, ctx)[0]
+
+    message = "rows of 20 places do not divide over the mesh's tensor=8: choose .* multiple of 8"
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        pytest.raises(ValueError, match=message),
+    ):
+        jax.eval_shape(forward, params)
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8])
