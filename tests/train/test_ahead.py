@@ -124,6 +124,10 @@ show(plan_ahead(small(MeshShape(data=8)), "v5e:2x4"))
 print("----")
 show(plan_ahead(small(MeshShape(data=2, fsdp=2, tensor=2), remat="full"), "v5e:2x4"))
 print("----")
+show(plan_ahead(small(MeshShape(data=1, tensor=4)), "v5e:2x2"))
+print("----")
+show(plan_ahead(small(MeshShape(data=1, tensor=4), sequence_parallel=True), "v5e:2x2"))
+print("----")
 for topology, changes in (
     ("v5e:1x3", {}), ("v5e:2x4", dict(fsdp=4)), ("v5e:2x2", dict(fsdp=4, batch_size=1 << 16))
 ):
@@ -148,7 +152,8 @@ def test_steps_are_compiled_for_chips_that_are_not_there():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     *plans, refusals = done.stdout.split("----\n")
-    for text, parts in zip(plans, (4, 1, 4), strict=True):
+    # Two key and value heads lie whole on the four devices of a tensor axis.
+    for text, parts in zip(plans[:3], (4, 1, 4), strict=True):
         first = text.splitlines()[0]
         parameters, trained, read, written = map(int, first.split())
         assert parameters == trained
@@ -164,6 +169,11 @@ def test_steps_are_compiled_for_chips_that_are_not_there():
     assert "4 x TPU v5 lite, compiled ahead of time, mesh: fsdp 4" in plans[0]
     assert "mesh: data 2, fsdp 2, tensor 2" in plans[2]
     assert {"all-gather", "all-reduce"} <= set(ast.literal_eval(plans[2].splitlines()[1]))
+    whole, divided = (ast.literal_eval(text.splitlines()[1]) for text in plans[3:])
+    assert "reduce-scatter" not in whole and {"reduce-scatter", "all-gather"} <= set(divided)
+    sums = {kind: divided.get(kind, (0, 0))[0] for kind in ("reduce-scatter", "all-reduce")}
+    # Of three layers forwards and backwards: what is scattered is not summed on all devices.
+    assert sums["reduce-scatter"] >= 2 * 2 * 3 and sums["all-reduce"] < whole["all-reduce"][0]
     assert "refused: 'v5e:1x3' is no TPU topology" in refusals
     assert "refused: the mesh (fsdp=4) does not divide 8 devices" in refusals
     assert "G of a chip's 15.75G, on 4 x TPU v5 lite: choose a smaller batch" in refusals
