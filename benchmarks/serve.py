@@ -44,6 +44,9 @@ def serve(
     about += f"{max(1, prompt // 8)} to {prompt} tokens, {max(2, new // 8)} to {new} new ones, "
     about += f"{slots} at a time."
     lines = "\n".join(f"- {line}" for line in agreement(done))
+    warm = [phase for report in done.contestants.values() for phase in report["warm"].values()]
+    for value in [value for held in (*done.blocks, *warm) for value in held["values"]]:
+        value.pop("tokens", None)  # They were compared; a result has no need of them.
     text = "\n\n".join([about, show(found), lines])
     path = write(options.title("serve"), text, {"rows": found}, done, options.out)
     print(f"\n{path.read_text()}\nwritten to {path}")

@@ -132,6 +132,20 @@ def test_data_tensor_and_stages_equal_one_device(name, pipeline):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh, changes",
+    [
+        (MeshShape(data=2, sequence=2, stage=2), dict(context_parallel="ulysses")),
+        (MeshShape(data=2, sequence=2, stage=2), dict(context_parallel="ring")),
+        (MeshShape(data=2, tensor=2, stage=2), dict(sequence_parallel=True)),
+    ],
+)
+def test_stages_that_divide_places_equal_one_device(mesh, changes):
+    recipe = recipe_of(MODELS["llama"], pipeline=GPIPE, **changes)
+    compare(recipe, make_mesh(mesh), 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("remat, micro_batches", [("none", 2), ("dots", 1), ("full", 2)])
 def test_composes(remat, micro_batches):
     """With accumulation and rematerialisation, beside one device without them."""
