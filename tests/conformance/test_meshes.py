@@ -56,7 +56,7 @@ def batch_of(model) -> Batch:
     tokens = np.asarray(random_tokens(model, (ROWS, PLACES + 1)))
     lengths = np.random.default_rng(1).integers(PLACES // 2, PLACES + 1, (ROWS, 1))
     segments = (np.arange(PLACES) < lengths).astype(np.int32)
-    source = np.ascontiguousarray(tokens[:, ::-1]) if isinstance(model, EncoderDecoder) else None
+    source = np.ascontiguousarray(tokens[:, :0:-1]) if isinstance(model, EncoderDecoder) else None
     weights = segments.astype(np.float32)
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, source=source)
 

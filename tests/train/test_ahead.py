@@ -124,9 +124,9 @@ show(plan_ahead(small(MeshShape(data=8)), "v5e:2x4"))
 print("----")
 show(plan_ahead(small(MeshShape(data=2, fsdp=2, tensor=2), remat="full"), "v5e:2x4"))
 print("----")
-show(plan_ahead(small(MeshShape(data=1, tensor=4)), "v5e:2x2"))
+show(plan_ahead(small(MeshShape(data=2, tensor=2)), "v5e:2x2"))
 print("----")
-show(plan_ahead(small(MeshShape(data=1, tensor=4), sequence_parallel=True), "v5e:2x2"))
+show(plan_ahead(small(MeshShape(data=2, tensor=2), sequence_parallel=True), "v5e:2x2"))
 print("----")
 for topology, changes in (
     ("v5e:1x3", {}), ("v5e:2x4", dict(fsdp=4)), ("v5e:2x2", dict(fsdp=4, batch_size=1 << 16))
@@ -152,7 +152,6 @@ def test_steps_are_compiled_for_chips_that_are_not_there():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     *plans, refusals = done.stdout.split("----\n")
-    # Two key and value heads lie whole on the four devices of a tensor axis.
     for text, parts in zip(plans[:3], (4, 1, 4), strict=True):
         first = text.splitlines()[0]
         parameters, trained, read, written = map(int, first.split())
