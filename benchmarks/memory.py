@@ -1,8 +1,9 @@
 """The largest resident memory of training, each alone: `python -m benchmarks.memory`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.command import Flat, Options, check_losses, main, run_race
 from benchmarks.harness import Contestant, Race, race
 from benchmarks.peers import TRAINING
@@ -30,7 +31,7 @@ def memory(options: Flat = Options()) -> None:
             "ratio": report["peak_rss"] / ours if ours else None,
             "state_bytes": report["facts"].get("state_bytes"),
             "temporary_bytes": report["facts"].get("temporary_bytes"),
-            "unit_seconds": report["warm"]["step"]["unit_seconds"],
+            "unit_seconds": quiet_seconds(report["warm"]["step"]),
         }
         for name, report in done.contestants.items()
     ]
@@ -51,7 +52,7 @@ def memory(options: Flat = Options()) -> None:
             gigabytes(row["device_peak"]) if row["device_peak"] else "",
             gigabytes(row["state_bytes"]) if row["state_bytes"] else "",
             gigabytes(row["temporary_bytes"]) if row["temporary_bytes"] else "",
-            figure(row["unit_seconds"]),
+            figure(row["unit_seconds"]) if row["unit_seconds"] else "disturbed",
         ]
         for row in found
     ]
@@ -65,6 +66,11 @@ def memory(options: Flat = Options()) -> None:
     )
     path = write(options.title("memory"), text, {"rows": found}, done, options.out)
     print(f"\n{path.read_text()}\nwritten to {path}")
+
+
+def quiet_seconds(warm: Mapping[str, Any]) -> float | None:
+    """Returns what a step took, None if others were busy on the cores: that moves no memory."""
+    return warm["unit_seconds"] if machine.is_quiet(warm["others"]) else None
 
 
 def each_alone(contestants: Sequence[Contestant], **options: Any) -> Race:
