@@ -3,8 +3,8 @@
     lm plan experiments/llama3_70b_v5p256.py --topology v5p:4x8x8
 
 Rows of 8,192, and 8 million tokens a step, as the paper has them for the 405B after its first 252
-million tokens; of the 70B it does not say. Compiled ahead of time a chip holds 62.8 of 102 GB, and MFU
-is at most 80 % (docs/plans/llama3_70b_v5p256.md).
+million tokens; of the 70B it does not say. Compiled ahead of time a chip holds 62.8 of 102 GB, and
+MFU is at most 80 % (docs/plans/llama3_70b_v5p256.md).
 Data are random ids: put a corpus in their place to train.
 """
 
