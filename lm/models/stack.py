@@ -99,9 +99,8 @@ class Stack(Part):
         x_BTD, new["suffix"] = self.suffix(x_BTD, ctx, old["suffix"])
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
-        return gathered(
-            x_BTD, ctx
-        ), new if state is not None or ctx.cache_length is not None else None
+        keeps_state = state is not None or ctx.cache_length is not None
+        return gathered(x_BTD, ctx), new if keeps_state else None
 
     def repeat(self, x_BTD: Array, ctx: Context, state):
         params = self.variables.get("params", {}).get("pattern")

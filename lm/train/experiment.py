@@ -134,11 +134,12 @@ class TrainConfig:
                 raise ValueError(
                     f"train.{name} is one of {', '.join(values)}, not {getattr(self, name)!r}"
                 )
-        if self.offload_optimizer and self.parallel == "pmap":
-            raise ValueError(
-                "pmap keeps the whole state on each device: leave train.offload_optimizer off, or "
-                "train with train.parallel 'jit'"
-            )
+        for name in ("offload_optimizer", "sequence_parallel"):
+            if getattr(self, name) and self.parallel == "pmap":
+                raise ValueError(
+                    f"pmap keeps the whole state on each device: leave train.{name} off, or train "
+                    "with train.parallel 'jit'"
+                )
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,15 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState | None = None) -> Ste
       recipe: the run's.
       mesh: its devices.
       state: an example for its shapes, where they are not those of a fresh model.
+
+    Raises:
+      ValueError: if the residual stream is to be divided, and the mesh has no axis for it.
     """
+    if recipe.sequence_parallel and mesh.shape["tensor"] == 1:
+        raise ValueError(
+            "train.sequence_parallel divides the residual stream over the mesh's axis tensor, "
+            "which is 1: ask for more, such as --mesh tensor=2, or leave it off"
+        )
     shapes = abstract_state(recipe, mesh) if state is None else state
     shardings = state_shardings(recipe, mesh, shapes)
 

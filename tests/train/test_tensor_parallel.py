@@ -1,6 +1,7 @@
 """Tensor parallelism as Megatron-LM has it: what is sent, and what each device holds."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from lm.core.mesh import MeshShape, batch_sharding, make_mesh
 from lm.core.paths import flatten
 from lm.models.families.gpt2 import gpt2
 from lm.models.families.llama import llama
+from lm.train.experiment import TrainConfig
 from lm.train.objectives import Generative
 from lm.train.optimizer import AdamW
 from lm.train.schedule import Constant
 from lm.train.state import Recipe, abstract_state, state_shardings, strip
+from lm.train.step import jit_step
 
 SENDING = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -82,6 +85,16 @@ def test_places_that_tensor_does_not_divide_are_refused():
         pytest.raises(ValueError, match=message),
     ):
         jax.eval_shape(forward, params)
+
+
+def test_a_stream_with_nothing_to_divide_it_is_refused():
+    divided = replace(recipe_of("gpt2", 2), sequence_parallel=True)
+    with pytest.raises(ValueError, match=r"the mesh's axis tensor, which is 1: .* --mesh tensor=2"):
+        jit_step(divided, make_mesh(MeshShape(data=8)))
+    with pytest.raises(
+        ValueError, match=r"leave train.sequence_parallel off, or train with .*'jit'"
+    ):
+        TrainConfig(steps=1, batch_size=8, parallel="pmap", sequence_parallel=True)
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8])
