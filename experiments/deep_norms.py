@@ -1,6 +1,10 @@
 """A deep transformer without warm-up, its norms before its layers or after them.
 
-python experiments/deep_norms.py
+    python experiments/deep_norms.py
+
+Three minutes on one core (2026-11-28, jax 0.10.1). Three seeds, lowest and last loss in nats, where
+chance is 2.30: norms before 0.20 and 0.20; after 1.77, 2.14, 2.21, and 2.31 in the end: they learn,
+and diverge; four layers with norms after 0.19 and 0.20.
 """
 
 import json
@@ -17,6 +21,7 @@ if __name__ == "__main__":
     prepare()  # What it settles must be settled before anything imports jax.
 
 import jax  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from lm.core.batch import Batch  # noqa: E402
 from lm.core.mesh import make_mesh  # noqa: E402
@@ -36,7 +41,8 @@ from lm.train.state import init_state  # noqa: E402
 from lm.train.step import jit_step  # noqa: E402
 
 SEEDS = (0, 1, 2)
-STEPS, LAYERS, FEATURES, LENGTH, DIGITS = 200, 48, 16, 12, 10
+STEPS, LAYERS, FEATURES, LENGTH, DIGITS = 1000, 12, 16, 12, 10
+WINDOW = 50  # Steps of which a loss is the mean.
 # Name -> wiring and layers; that a shallow one learns shows that the depth is what is wrong.
 MODELS = {"pre": (PreNorm, LAYERS), "post": (PostNorm, LAYERS), "post, shallow": (PostNorm, 4)}
 
@@ -87,31 +93,47 @@ def experiment(name: str = "pre") -> Experiment:
         name="deep_norms",
         model=decoder(*MODELS[name]),
         data=Counting(),
-        optimizer=AdamW(Constant(2e-3), weight_decay=0.0),
+        optimizer=AdamW(Constant(3e-3), weight_decay=0.0),
         train=TrainConfig(steps=STEPS, batch_size=32, log_every=10),
     )
 
 
-def last_loss(name: str, seed: int) -> float:
-    """Returns the mean loss of the last 20 steps, in nats; chance is ln 10."""
+def losses(name: str, seed: int) -> list[float]:
+    """Returns the mean loss of every `WINDOW` steps, in nats; chance is ln 10."""
     run = experiment(name)
     recipe, mesh = run.recipe(), make_mesh(devices=jax.devices()[:1])
     state, step = init_state(recipe, seed, mesh), jit_step(recipe, mesh)
-    losses = []
+    sums = []
     for batch, _ in zip(run.data.train(run.train.batch_size, seed, 0), range(STEPS)):
         state, metrics = step(state, batch)
-        losses.append(metrics["loss"])
-    return float(np.mean([total / count for total, count in jax.device_get(losses[-20:])]))
+        sums.append(metrics["loss"])
+    each = [total / count for total, count in jax.device_get(sums)]
+    return np.reshape(each, (-1, WINDOW)).mean(axis=1).tolist()
+
+
+def draw(rows: list[dict[str, list[float]]], file: Path) -> None:
+    """Draws every curve, a colour for a model, and chance."""
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    steps = np.arange(WINDOW, STEPS + 1, WINDOW)
+    for number, name in enumerate(MODELS):
+        for index, row in enumerate(rows):
+            axes.plot(steps, row[name], color=f"C{number}", label=name if index == 0 else None)
+    axes.axhline(np.log(DIGITS), color="grey", linestyle=":", label="chance")
+    axes.set(xlabel="step", ylabel="loss, nats")
+    axes.legend()
+    axes.figure.savefig(file, dpi=120)
 
 
 def main(file: str = "runs/deep_norms.json") -> None:
-    """Prints the losses, seed by seed, and writes them to a file."""
-    rows = []
+    """Prints the lowest and the last loss, seed by seed; writes all losses, and draws them."""
+    rows, path = [], Path(file)
     for seed in SEEDS:
-        rows.append({name: last_loss(name, seed) for name in MODELS})
-        print(seed, "  ".join(f"{name} {loss:.3f}" for name, loss in rows[-1].items()), flush=True)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps(rows, indent=1) + "\n")
+        rows.append({name: losses(name, seed) for name in MODELS})
+        ends = (f"{name} {min(row):.2f} {row[-1]:.2f}" for name, row in rows[-1].items())
+        print(f"seed {seed}, lowest and last:  {'   '.join(ends)}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from rich.console import Console
 
 from lm.core.mesh import make_mesh, num_batch_shards
 from lm.core.overrides import apply_overrides, list_fields
@@ -25,7 +26,7 @@ from lm.train.experiment import Experiment, load_experiment
 from lm.train.loop import Result
 from lm.train.loop import train as run_training
 from lm.train.metrics import read_metrics
-from lm.train.search import largest_batches, table
+from lm.train.search import HEADER, largest_batches
 
 SAMPLE_TOKENS = 100
 NUM_ASKED = 3  # Questions of the test split that a chat model answers at the end.
@@ -114,7 +115,10 @@ def plan(
     print(plan_of(experiment, batch), flush=True)
     if largest_batch:
         unit = num_batch_shards(mesh) * (experiment.train.micro_batches or 1)
-        print(table(largest_batches(experiment, batch, unit, plan_of)))
+        print(HEADER, flush=True)
+        with Console().status("") as status:
+            for row in largest_batches(experiment, batch, unit, plan_of, tell=status.update):
+                print(row, flush=True)
 
 
 def report(experiment: Experiment, result: Result, checkpoint_dir: str = "") -> None:

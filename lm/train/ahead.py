@@ -6,11 +6,13 @@ It needs the package libtpu, and no TPU.
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lm.core.batch import Batch
 from lm.core.mesh import make_mesh, num_batch_shards
@@ -92,7 +94,8 @@ def plan_step(devices: Sequence[Any], experiment: Experiment, batch: Batch) -> P
     with choices() as attention:
         lowered = jit_step(recipe, mesh, shapes).lower(state, laid_out)
     try:
-        cost = Cost.of(lowered.compile(), with_collectives=True)
+        with uncached():
+            cost = Cost.of(lowered.compile(), with_collectives=True)
     except jax.errors.JaxRuntimeError as error:
         raise too_large_or(error, len(devices), devices[0].device_kind) from error
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
@@ -107,6 +110,19 @@ def plan_step(devices: Sequence[Any], experiment: Experiment, batch: Batch) -> P
         **offload_line(recipe, recipe, shapes),
     }
     return make_plan(recipe, shapes, shape, cost, lines, devices)
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Without jax's cache on disk: a program for chips that are not there is never loaded again."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # Else what it was is remembered.
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

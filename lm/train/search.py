@@ -1,6 +1,6 @@
 """The largest batch that fits, with each remat policy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from lm.train.experiment import Experiment
 from lm.train.plan import DoesNotFit, Plan, mega
 
 PlanOf = Callable[[Experiment, Batch], Plan]
+HEADER = "  remat    largest batch  memory per device     at most"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Largest:
     batch_size: int
     plan: Plan | None
     reason: str = ""
+
+    def __str__(self) -> str:
+        """Its line below `HEADER`."""
+        line = f"  {self.remat:<8} {self.batch_size:>13,}  "
+        plan = self.plan
+        if plan is None:
+            return line + (self.reason or "not even the smallest fits")
+        used = mega(plan.cost.used_bytes)
+        line += f"{used} of {mega(plan.chip.memory)}" if plan.chip else used
+        if plan.roofline is not None:
+            a_day = 86400 * plan.tokens_per_step / plan.roofline.seconds
+            line += f"  {plan.mfu_bound:.0%} MFU, {a_day:.3g} tokens a day"
+        return line
 
 
 def largest(fits: Callable[[int], bool], unit: int) -> int:
@@ -54,8 +68,9 @@ def largest_batches(
     unit: int,
     plan_of: PlanOf,
     policies: Sequence[str] = tuple(REMAT_POLICIES),
-) -> list[Largest]:
-    """Returns the largest batch that fits, policy by policy.
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Largest]:
+    """Yields the largest batch that fits, policy by policy.
 
     Args:
       experiment: all else is as it says.
@@ -63,17 +78,25 @@ def largest_batches(
       unit: rows that a batch is a multiple of.
       plan_of: returns a plan that says whether it fits, or raises `DoesNotFit`.
       policies: names in `REMAT_POLICIES`.
+      tell: is given what is being tried, since compiling may take minutes each time.
     """
-    return [largest_batch(experiment, batch, unit, plan_of, policy) for policy in policies]
+    for policy in policies:
+        yield largest_batch(experiment, batch, unit, plan_of, policy, tell)
 
 
 def largest_batch(
-    experiment: Experiment, batch: Batch, unit: int, plan_of: PlanOf, remat: str
+    experiment: Experiment,
+    batch: Batch,
+    unit: int,
+    plan_of: PlanOf,
+    remat: str,
+    tell: Callable[[str], None],
 ) -> Largest:
     """Returns the largest batch that fits with one policy; arguments as of `largest_batches`."""
     plans: dict[int, Plan] = {}
 
     def fits(rows: int) -> bool:
+        tell(f"remat {remat}: do {rows:,} rows fit?")
         config = replace(experiment.train, remat=remat, batch_size=rows)
         try:
             plan = plan_of(replace(experiment, train=config), resized(batch, experiment, rows))
@@ -97,20 +120,3 @@ def resized(batch: Batch, experiment: Experiment, rows: int) -> Any:
         return jax.ShapeDtypeStruct((first, *leaf.shape[1:]), leaf.dtype)
 
     return jax.tree.map(one, batch)
-
-
-def table(rows: Sequence[Largest]) -> str:
-    """Returns what `largest_batches` found, a line for each policy."""
-    lines = ["  remat    largest batch  memory per device     at most"]
-    for row in rows:
-        line = f"  {row.remat:<8} {row.batch_size:>13,}  "
-        if row.plan is None:
-            lines.append(line + (row.reason or "not even the smallest fits"))
-            continue
-        plan, used = row.plan, mega(row.plan.cost.used_bytes)
-        line += f"{used} of {mega(plan.chip.memory)}" if plan.chip else used
-        if plan.roofline is not None:
-            a_day = 86400 * plan.tokens_per_step / plan.roofline.seconds
-            line += f"  {plan.mfu_bound:.0%} MFU, {a_day:.3g} tokens a day"
-        lines.append(line)
-    return "\n".join(lines)

@@ -96,7 +96,7 @@ def cells():
     return [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in pairs]
 
 
-@pytest.mark.ledger("D04")
+@pytest.mark.ledger("D04", "P094")
 @pytest.mark.parametrize("name, mesh_name", cells())
 def test_a_mesh_changes_no_number(name, mesh_name):
     mesh = make_mesh(MESHES[mesh_name])

@@ -12,6 +12,7 @@ def closed_form(V: int, T: int, D: int, L: int) -> int:
     return L * (12 * D**2 + 13 * D) + (V + T) * D + 2 * D
 
 
+@pytest.mark.ledger("P094")
 def test_megatron_count():
     """72 layers of 24 heads of 128."""
     count = P.count(FAMILY.preset("megatron-8.3b"))

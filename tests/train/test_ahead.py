@@ -102,7 +102,7 @@ from lm.train.ahead import plan_ahead
 from tests.train.toy import toy_experiment
 
 model = llama(
-    vocab_size=256, num_features=512, num_heads=4, num_kv_heads=2, num_layers=3, mlp_features=512
+    vocab_size=256, num_features=512, num_heads=4, num_kv_heads=2, num_layers=4, mlp_features=512
 )
 toy = toy_experiment()
 
@@ -127,6 +127,8 @@ print("----")
 show(plan_ahead(small(MeshShape(data=2, tensor=2)), "v5e:2x2"))
 print("----")
 show(plan_ahead(small(MeshShape(data=2, tensor=2), sequence_parallel=True), "v5e:2x2"))
+print("----")
+show(plan_ahead(small(MeshShape(data=1, tensor=2, stage=2)), "v5e:2x2"))
 print("----")
 for topology, changes in (
     ("v5e:1x3", {}), ("v5e:2x4", dict(fsdp=4)), ("v5e:2x2", dict(fsdp=4, batch_size=1 << 16))
@@ -168,11 +170,12 @@ def test_steps_are_compiled_for_chips_that_are_not_there():
     assert "4 x TPU v5 lite, compiled ahead of time, mesh: fsdp 4" in plans[0]
     assert "mesh: data 2, fsdp 2, tensor 2" in plans[2]
     assert {"all-gather", "all-reduce"} <= set(ast.literal_eval(plans[2].splitlines()[1]))
-    whole, divided = (ast.literal_eval(text.splitlines()[1]) for text in plans[3:])
+    whole, divided = (ast.literal_eval(text.splitlines()[1]) for text in plans[3:5])
     assert "reduce-scatter" not in whole and {"reduce-scatter", "all-gather"} <= set(divided)
     sums = {kind: divided.get(kind, (0, 0))[0] for kind in ("reduce-scatter", "all-reduce")}
-    # Of three layers forwards and backwards: what is scattered is not summed on all devices.
-    assert sums["reduce-scatter"] >= 2 * 2 * 3 and sums["all-reduce"] < whole["all-reduce"][0]
+    # Of four layers forwards and backwards: what is scattered is not summed on all devices.
+    assert sums["reduce-scatter"] >= 2 * 2 * 4 and sums["all-reduce"] < whole["all-reduce"][0]
+    assert "collective-permute" in plans[5] and "splash (causal" in plans[5]
     assert "refused: 'v5e:1x3' is no TPU topology" in refusals
     assert "refused: the mesh (fsdp=4) does not divide 8 devices" in refusals
     assert "G of a chip's 15.75G, on 4 x TPU v5 lite: choose a smaller batch" in refusals

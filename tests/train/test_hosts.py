@@ -137,13 +137,14 @@ def test_four_processes_equal_one(folder, tiny, alone):
 
 
 @pytest.mark.slow
-def test_a_mesh_whose_rows_lie_on_several_processes(folder, tiny):
-    """Four devices of two processes divide the tensors, and so each row is on both."""
+@pytest.mark.parametrize("mesh", ["data=1,tensor=4", "data=1,sequence=4", "data=2,sequence=2"])
+def test_a_mesh_whose_rows_lie_on_several_devices(folder, tiny, mesh):
+    """On all four of two processes, or with halves of its places on the two of one."""
     file = tiny.with_name("divided.py")
     file.write_text(tiny.read_text().replace("vocab_size=29", "vocab_size=32"))
-    quietly(file, folder / "whole")
-    finish(launch(file, folder / "tensor", 2, "--mesh", "data=1,tensor=4"))
-    assert_same_curve(folder / "tensor", folder / "whole", 6)
+    quietly(file, folder / f"whole {mesh}")
+    finish(launch(file, folder / mesh, 2, "--mesh", mesh))
+    assert_same_curve(folder / mesh, folder / f"whole {mesh}", 6)
 
 
 @pytest.mark.slow

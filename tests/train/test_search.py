@@ -6,7 +6,7 @@ import pytest
 
 from lm.train.ahead import batch_shapes
 from lm.train.plan import Cost, DoesNotFit
-from lm.train.search import largest, largest_batches, table
+from lm.train.search import largest, largest_batches
 from tests.train.test_ahead import plan_of
 from tests.train.toy import toy_experiment
 
@@ -40,12 +40,14 @@ def test_policies_side_by_side():
         used = 32 * 2**30 * config.batch_size // room if room < 10**6 else 1
         return plan_of(Cost(used, 0, 0))
 
-    rows = largest_batches(
-        experiment, batch_shapes(experiment), 4, plan, ("none", "full", "offload")
+    policies, told = ("none", "full", "offload"), []
+    rows = list(
+        largest_batches(experiment, batch_shapes(experiment), 4, plan, policies, told.append)
     )
     assert [(row.remat, row.batch_size) for row in rows] == [
         ("none", 12), ("full", 40), ("offload", 0)
     ]  # fmt: skip
-    lines = table(rows).splitlines()
-    assert len(lines) == 4 and "no host to offload to" in lines[3]
-    assert "34.36 GB of 34.36 GB" in lines[1] and "MFU" in lines[1]
+    lines = [str(row) for row in rows]
+    assert "no host to offload to" in lines[2]
+    assert "34.36 GB of 34.36 GB" in lines[0] and "MFU" in lines[0]
+    assert told[0] == "remat none: do 4 rows fit?" and told[-1].startswith("remat offload")

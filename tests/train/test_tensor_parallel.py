@@ -47,6 +47,7 @@ def sent(recipe: Recipe, tensor: int, layers: int, **way) -> dict[str, int]:
     return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in SENDING}
 
 
+@pytest.mark.ledger("P094")
 @pytest.mark.parametrize("tensor", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_block_sends_two_sums(family, tensor):
@@ -97,6 +98,7 @@ def test_a_stream_with_nothing_to_divide_it_is_refused():
         TrainConfig(steps=1, batch_size=8, parallel="pmap", sequence_parallel=True)
 
 
+@pytest.mark.ledger("P094")
 @pytest.mark.parametrize("tensor", [2, 4, 8])
 def test_a_device_holds_its_share_of_a_block(tensor):
     """Of every kernel exactly 1/n."""
