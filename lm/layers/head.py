@@ -9,8 +9,8 @@ from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
 from lm.layers.dropout import Dropout
 from lm.layers.embed import Embed
-from lm.layers.mlp import ACTIVATIONS
 from lm.layers.projection import Projection, contract
+from lm.ops.activation import activate
 from lm.ops.sums import spread
 
 Array = jax.Array
@@ -61,7 +61,7 @@ class MaskedHead(Part):
 
     Attributes:
       norm: applied after the activation.
-      activation: a name in `ACTIVATIONS`.
+      activation: a name in `lm.ops.activation`.
     """
 
     norm: nn.Module
@@ -77,7 +77,7 @@ class MaskedHead(Part):
             kernel_init=self.kernel_init,
             name="dense",
         )
-        x_BTD = self.norm(ACTIVATIONS[self.activation](dense(x_BTD, ctx)))
+        x_BTD = self.norm(activate(self.activation, dense(x_BTD, ctx)))
         return add_bias(self, embed.attend(x_BTD, ctx), ZEROS)
 
 

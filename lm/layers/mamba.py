@@ -13,6 +13,7 @@ from lm.core.init import ONES, ZEROS, Init, VarianceScaling
 from lm.core.part import Part
 from lm.layers.cache import places
 from lm.layers.projection import Projection
+from lm.ops.activation import activate
 from lm.ops.conv import causal_conv, continue_conv
 from lm.ops.recurrence import restarts, selective_scan
 
@@ -93,9 +94,9 @@ class Mamba(Part):
             }
         before_B = None if state is None else document_before(ctx)
         x_BTF, tail_BKF = self.convolve(up_BTF, ctx, state, before_B)
-        x_BTF = jax.nn.silu(x_BTF).astype(ctx.dtype)
+        x_BTF = activate("silu", x_BTF).astype(ctx.dtype)
         y_BTF, last_BPF = self.scan(x_BTF, ctx, state, before_B)
-        y_BTF = y_BTF.astype(ctx.dtype) * jax.nn.silu(gate_BTF)
+        y_BTF = activate("silu", gate_BTF, y_BTF.astype(ctx.dtype))
         out = Projection(
             x_BTD.shape[-1:],
             ("mlp", "embed"),

@@ -9,16 +9,9 @@ from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
 from lm.core.part import Part
 from lm.layers.projection import Projection
+from lm.ops.activation import activate
 
 Array = jax.Array
-
-ACTIVATIONS = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jax.numpy.tanh,
-}
 
 
 class MLP(Part):
@@ -26,7 +19,7 @@ class MLP(Part):
 
     Attributes:
       hidden: F, the width between the two projections.
-      activation: a name in `ACTIVATIONS`; 'gelu' is the exact one, through erf.
+      activation: a name in `lm.ops.activation`; 'gelu' is the exact one, through erf.
       bias: whether both projections have a bias.
       kernel_init, bias_init: initializers of both.
       down_init: initializer of the last kernel, where it differs.
@@ -45,7 +38,7 @@ class MLP(Part):
         h_BTF = project((self.hidden,), ("embed", "mlp"), kernel_init=self.kernel_init, name="up")(
             x_BTD, ctx
         )
-        h_BTF = ACTIVATIONS[self.activation](h_BTF)
+        h_BTF = activate(self.activation, h_BTF)
         down = project(
             x_BTD.shape[-1:],
             ("mlp", "embed"),
@@ -71,8 +64,8 @@ class GLU(Part):
     def __call__(self, x_BTD: Array, ctx: Context, state=None):
         project = partial(Projection, bias=self.bias)
         inward = partial(project, (self.hidden,), ("embed", "mlp"), kernel_init=self.kernel_init)
-        gate_BTF = ACTIVATIONS[self.activation](inward(name="gate")(x_BTD, ctx))
-        h_BTF = gate_BTF * inward(name="up")(x_BTD, ctx)
+        gate_BTF = inward(name="gate")(x_BTD, ctx)
+        h_BTF = activate(self.activation, gate_BTF, inward(name="up")(x_BTD, ctx))
         down = project(
             x_BTD.shape[-1:],
             ("mlp", "embed"),

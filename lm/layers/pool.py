@@ -12,8 +12,8 @@ from lm.core.context import Context
 from lm.core.init import Init, VarianceScaling
 from lm.core.part import Part
 from lm.layers.dropout import Dropout
-from lm.layers.mlp import ACTIVATIONS
 from lm.layers.projection import Projection
+from lm.ops.activation import activate
 
 Array = jax.Array
 
@@ -74,7 +74,7 @@ class Dense(Part):
     Attributes:
       pool: any other pooler.
       features: of the dense layer; None keeps those of the pooled vector.
-      activation: a name in `ACTIVATIONS`.
+      activation: a name in `lm.ops.activation`.
       dropout: rate before the dense layer.
       kernel_init: initializer.
     """
@@ -95,7 +95,7 @@ class Dense(Part):
             kernel_init=self.kernel_init,
             name="dense",
         )
-        return ACTIVATIONS[self.activation](dense(pooled_BD, ctx))
+        return activate(self.activation, dense(pooled_BD, ctx))
 
 
 def _real(x_BTD: Array, ctx: Context) -> Array:

@@ -152,7 +152,7 @@ def topology_devices(topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # noqa: BLE001: libtpu raises whatever it likes.
+    except Exception as error:  # noqa: BLE001 - libtpu raises whatever it likes.
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{topology!r} is no TPU topology ({reason}): name a slice such as v5e:2x2"

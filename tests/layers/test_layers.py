@@ -12,7 +12,7 @@ from lm.layers.block import Block, PostNorm, PreNorm
 from lm.layers.dropout import Dropout
 from lm.layers.embed import Embed, Entry
 from lm.layers.head import Head, TiedHead
-from lm.layers.mlp import ACTIVATIONS, GLU, MLP
+from lm.layers.mlp import GLU, MLP
 from lm.layers.norm import LayerNorm, RMSNorm
 from lm.layers.position import RelativeBias, SinusoidalPositions
 from lm.models import params as P
@@ -157,22 +157,6 @@ def test_tied_head():
     )
     summed = apart["embed"]["table"] + apart["head"]["kernel"].T
     np.testing.assert_allclose(both, summed, atol=1e-6)
-
-
-def test_activations_equal_torch():
-    torch = pytest.importorskip("torch")
-    x = torch.linspace(-6, 6, 101)
-    f = torch.nn.functional
-    expected = {
-        "gelu": f.gelu(x),
-        "gelu_tanh": f.gelu(x, approximate="tanh"),
-        "relu": f.relu(x),
-        "silu": f.silu(x),
-        "tanh": torch.tanh(x),
-    }
-    assert expected.keys() == ACTIVATIONS.keys()
-    for name, values in expected.items():
-        np.testing.assert_allclose(ACTIVATIONS[name](x.numpy()), values, atol=1e-6)
 
 
 def test_feed_forwards_equal_their_formulas():
