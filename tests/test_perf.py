@@ -198,12 +198,12 @@ def test_an_update_is_over_stacked_leaves():
 
 
 def test_micro_batches_are_chosen_for_the_cache_of_a_cpu(monkeypatch):
-    """The published teenyGPT in parts of 512 places; a model of many parameters in one part."""
+    """The published teenyGPT in parts of 1,024 places; a model of many parameters in one part."""
 
     def chosen(model, rows, length):
         return choose_micro_batches(abstract(model), rows, rows * length)
 
-    assert chosen(teeny_gpt(), 64, 128) == 16
+    assert chosen(teeny_gpt(), 64, 128) == 8
     assert chosen(teeny_gpt(num_features=128, num_heads=2, mlp_multiplier=4), 16, 128) == 1
     assert chosen(gpt2(vocab_size=65, num_features=384, num_heads=6, num_layers=6), 16, 256) == 2
     assert chosen(gpt2(), 4, 512) == 1

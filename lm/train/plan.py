@@ -26,7 +26,7 @@ from lm.train.state import (
 )
 
 # What the widest activation of a micro-batch may take on a CPU.
-CACHE_BYTES = 1 << 23
+CACHE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
