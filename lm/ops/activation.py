@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# Of the argument of GELU's tanh (Hendrycks and Gimpel, 2016).
+INSIDE, CUBIC = math.sqrt(2 / math.pi), 0.044715
+
 
 class Activation(NamedTuple):
     """A function of fp32 numbers.
@@ -39,9 +42,6 @@ def _gelu_tanh_again(x: Array) -> tuple[Array, Array]:
     return x * below, below + 2 * x * below * (1 - below) * slope
 
 
-INSIDE, CUBIC = math.sqrt(2 / math.pi), 0.044715
-
-
 def _inside(x: Array) -> Array:
     return INSIDE * (x + CUBIC * x * x * x)
 
@@ -60,7 +60,7 @@ def _tanh_again(x: Array) -> tuple[Array, Array]:
     return tanh, 1 - tanh * tanh
 
 
-# 'gelu' is the exact one, through erf (Hendrycks and Gimpel, 2016).
+# 'gelu' is the exact one, through erf.
 FUNCTIONS = {
     "gelu": Activation(partial(jax.nn.gelu, approximate=False), _gelu_again),
     "gelu_tanh": Activation(partial(jax.nn.gelu, approximate=True), _gelu_tanh_again),

@@ -62,7 +62,7 @@ def test_nothing_but_arguments_and_results_lives_until_the_backward_pass(name):
     What is computed again is in another form, since XLA would keep an equal one.
     """
     rows, width, layers = 256, 512, 16
-    kernel_FF = jax.ShapeDtypeStruct((layers, width, width), jnp.float32)
+    kernels = [jax.ShapeDtypeStruct((width, width), jnp.float32)] * layers
     x_BF = jax.ShapeDtypeStruct((rows, width), jnp.float32)
 
     def loss(kernels, x_BF):
@@ -70,12 +70,6 @@ def test_nothing_but_arguments_and_results_lives_until_the_backward_pass(name):
             x_BF = activate(name, x_BF @ kernel_FF, x_BF @ kernel_FF.T)
         return x_BF.sum()
 
-    compiled = jax.jit(jax.grad(loss)).lower(list(range_of(kernel_FF)), x_BF).compile()
+    compiled = jax.jit(jax.grad(loss)).lower(kernels, x_BF).compile()
     array = 4 * rows * width
     assert compiled.memory_analysis().temp_size_in_bytes < (3 * layers + 12) * array
-
-
-def range_of(stacked: jax.ShapeDtypeStruct):
-    """Yields the shapes of what is stacked."""
-    for _ in range(stacked.shape[0]):
-        yield jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
