@@ -124,7 +124,6 @@ class Widths:
       stream: D of each repeat, its input.
       outputs: of all projections.
       inputs: of all projections, one that several share counted once.
-      hidden: of feed-forward layers, between their projections.
       norms: what is normalised.
       heads: of queries.
       repeats: of the stack.
@@ -133,7 +132,6 @@ class Widths:
     stream: int
     outputs: int
     inputs: int
-    hidden: int
     norms: int
     heads: int
     repeats: int
@@ -146,15 +144,15 @@ def activation_bytes(recipe: Recipe, mesh: Any, params: Any, here: Tokens) -> fl
 
         full, offload    a stream
         dots             a (stream + outputs)
-        none             a (stream + outputs + inputs + 2 hidden) + n norms + 4 heads
+        none             a (stream + outputs + inputs) + n norms + 4 heads
 
-    since 'none' keeps what a product or an activation function differentiates, norms keep their
-    input and what it is normalised to in fp32 (n = 8; in an fp32 model the input is there already,
-    n = 4), and attention in blocks keeps the sum of each row; attention that holds all scores
-    (shorter rows, or by name) keeps (4 + a) heads length more. To this come, for every policy but
-    'none', what one repeat keeps by 'none' while its gradient is taken; the hidden states with
-    their gradients; and the logits of as many places as the loss takes at a time, three times in
-    fp32. A recurrence's states are not counted.
+    since 'none' keeps what a product differentiates, activation functions keep no more
+    (`lm.ops.activation`), norms keep their input and what it is normalised to in fp32 (n = 8; in an
+    fp32 model the input is there already, n = 4), and attention in blocks keeps the sum of each
+    row; attention that holds all scores (shorter rows, or by name) keeps (4 + a) heads length more.
+    To this come, for every policy but 'none', what one repeat keeps by 'none' while its gradient is
+    taken; the hidden states with their gradients; and the logits of as many places as the loss
+    takes at a time, three times in fp32. A recurrence's states are not counted.
 
     Args:
       recipe: the run's.
@@ -163,7 +161,7 @@ def activation_bytes(recipe: Recipe, mesh: Any, params: Any, here: Tokens) -> fl
       here: what is computed at a time.
     """
     widths, a = widths_of(recipe, mesh, params), 2 if recipe.dtype == "bfloat16" else 4
-    everything = a * (widths.stream + widths.outputs + widths.inputs + 2 * widths.hidden)
+    everything = a * (widths.stream + widths.outputs + widths.inputs)
     everything += (8 if a == 2 else 4) * widths.norms + 4 * widths.heads
     if recipe.attention == "reference" or here.length < FLASH_LENGTH:
         everything += (4 + a) * widths.heads * here.length
@@ -182,7 +180,7 @@ def activation_bytes(recipe: Recipe, mesh: Any, params: Any, here: Tokens) -> fl
 def widths_of(recipe: Recipe, mesh: Any, params: Any) -> Widths:
     """Returns the features of a place that a model's parameters imply."""
     leaves, axes = flatten(params), axes_of(recipe.model)
-    repeats, outputs, hidden, heads, inputs = 1, 0, 0, 0, {}
+    repeats, outputs, heads, inputs = 1, 0, 0, {}
     for path, (lead, num_in, _) in kernels(recipe.model).items():
         if "/pattern/" not in path:
             continue
@@ -196,7 +194,6 @@ def widths_of(recipe: Recipe, mesh: Any, params: Any) -> Widths:
         out = layers * math.prod(here[lead + num_in :])
         outputs += out
         inputs[parent, names[lead : lead + num_in]] = layers * math.prod(here[lead : lead + num_in])
-        hidden += out if name == "up" else 0
         heads += layers * here[lead + num_in] if name == "q" else 0
     norms = {path: leaf for path, leaf in leaves.items() if is_norm(path)}
     features = recipe.model.embed.features
@@ -204,7 +201,6 @@ def widths_of(recipe: Recipe, mesh: Any, params: Any) -> Widths:
         stream=repeats * features,
         outputs=outputs,
         inputs=sum(inputs.values()),
-        hidden=hidden,
         norms=size(norms),
         heads=heads,
         repeats=repeats,
