@@ -173,8 +173,9 @@ def test_steps_are_compiled_for_chips_that_are_not_there():
     whole, divided = (ast.literal_eval(text.splitlines()[1]) for text in plans[3:5])
     assert "reduce-scatter" not in whole and {"reduce-scatter", "all-gather"} <= set(divided)
     sums = {kind: divided.get(kind, (0, 0))[0] for kind in ("reduce-scatter", "all-reduce")}
-    # Of four layers forwards and backwards: what is scattered is not summed on all devices.
-    assert sums["reduce-scatter"] >= 2 * 2 * 4 and sums["all-reduce"] < whole["all-reduce"][0]
+    # What is scattered is not summed on all devices. Of four sums of a layer, two of each pass, the
+    # compiler makes three reduce-scatters, and exchanges the fourth in another way.
+    assert sums["reduce-scatter"] >= 3 * 4 and sums["all-reduce"] < whole["all-reduce"][0]
     assert "collective-permute" in plans[5] and "splash (causal" in plans[5]
     assert "refused: 'v5e:1x3' is no TPU topology" in refusals
     assert "refused: the mesh (fsdp=4) does not divide 8 devices" in refusals
