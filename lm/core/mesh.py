@@ -215,9 +215,14 @@ def gather_places(x_BT: jax.Array) -> jax.Array:
     return x_BT if automatic_axes().get("tensor", 1) == 1 else _lay(x_BT, PLACES_AXIS)
 
 
-def _lay(x_BT: jax.Array, places: MeshAxes) -> jax.Array:
+def lay_features(x_BTF: jax.Array) -> jax.Array:
+    """Divides the features of an activation over the tensor axis, and its places not."""
+    return x_BTF if automatic_axes().get("tensor", 1) == 1 else _lay(x_BTF, PLACES_AXIS, "tensor")
+
+
+def _lay(x_BT: jax.Array, *dims: MeshAxes) -> jax.Array:
     rows = tuple(axis for axis in BATCH_AXES if axis in automatic_axes())
-    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows, places))
+    return jax.lax.with_sharding_constraint(x_BT, PartitionSpec(rows, *dims))
 
 
 def num_stages() -> int:

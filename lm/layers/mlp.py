@@ -7,11 +7,20 @@ import jax
 
 from lm.core.context import Context
 from lm.core.init import ZEROS, Init, VarianceScaling
+from lm.core.mesh import lay_features
 from lm.core.part import Part
 from lm.layers.projection import Projection
 from lm.ops.activation import activate
 
 Array = jax.Array
+
+
+def inner(x_BTF: Array, ctx: Context) -> Array:
+    """Returns what is between two projections, divided as their kernels are.
+
+    Where the stream is divided by places, a compiler would else be free to divide this so, too.
+    """
+    return lay_features(x_BTF) if ctx.sequence_parallel else x_BTF
 
 
 class MLP(Part):
@@ -38,7 +47,7 @@ class MLP(Part):
         h_BTF = project((self.hidden,), ("embed", "mlp"), kernel_init=self.kernel_init, name="up")(
             x_BTD, ctx
         )
-        h_BTF = activate(self.activation, h_BTF)
+        h_BTF = activate(self.activation, inner(h_BTF, ctx))
         down = project(
             x_BTD.shape[-1:],
             ("mlp", "embed"),
@@ -64,8 +73,8 @@ class GLU(Part):
     def __call__(self, x_BTD: Array, ctx: Context, state=None):
         project = partial(Projection, bias=self.bias)
         inward = partial(project, (self.hidden,), ("embed", "mlp"), kernel_init=self.kernel_init)
-        gate_BTF = inward(name="gate")(x_BTD, ctx)
-        h_BTF = activate(self.activation, gate_BTF, inward(name="up")(x_BTD, ctx))
+        gate_BTF = inner(inward(name="gate")(x_BTD, ctx), ctx)
+        h_BTF = activate(self.activation, gate_BTF, inner(inward(name="up")(x_BTD, ctx), ctx))
         down = project(
             x_BTD.shape[-1:],
             ("mlp", "embed"),
